@@ -1,0 +1,1 @@
+"""One module per command of the command line; none imports torch before it has to."""

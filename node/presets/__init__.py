@@ -1,0 +1,1 @@
+"""The shipped run files, one TOML each."""
