@@ -23,7 +23,7 @@ from resbm_pb import errors_pb2 as codes
 class StageError(Exception):
     """Root of this room's errors: one cause in words, one stable code, one remedy."""
 
-    code: ClassVar[codes.ErrorCode] = codes.ERROR_CODE_UNSPECIFIED
+    code: ClassVar[int] = codes.ERROR_CODE_UNSPECIFIED
     remedy: ClassVar[str] = ""
 
     @property

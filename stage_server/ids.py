@@ -30,7 +30,7 @@ class MicrobatchId(NamedTuple):
 
     step: StepIndex
     kind: MicrobatchKind
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} {self.index} of step {self.step}"
