@@ -60,7 +60,7 @@ class DataConfig(Frozen):
 class RunConfig(StageConfig):
     """One training run. Equal configs have equal run ids; peers of one run hold equal configs."""
 
-    name: str = Field("run", min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="what people call the run")
+    name: str = Field("run", max_length=64, pattern=r"^[\w.-]+$", description="what people call the run")
     data: DataConfig = DataConfig()
 
     @model_validator(mode="after")
