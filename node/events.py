@@ -1,0 +1,293 @@
+"""What processes of a node tell each other: one JSON object a line, on pipes.
+
+A supervisor gives its worker one `WorkerSpec` line on stdin; the worker answers with events on stdout.
+`resbm-node join --json` passes them on, and `resbm-node demo` reads those. Logs go to stderr, never here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import IO, Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from stage_server.config import Frozen
+
+CheckName = Literal["machine", "identity", "network", "reach", "speed", "stage", "state", "live"]
+CHECK_NAMES: tuple[CheckName, ...] = ("machine", "identity", "network", "reach", "speed", "stage", "state", "live")
+
+EXIT_DONE = 0
+"""The run is complete, or the worker drained as asked."""
+EXIT_RESTART = 75
+"""Restart me at once: I went back to an older checkpoint (EX_TEMPFAIL)."""
+EXIT_REFUSED = 78
+"""Do not restart me: an "error" event said why (EX_CONFIG)."""
+
+MAX_LINE_BYTES = 1 << 20
+"""A longer line is no event."""
+
+
+class EventInvalid(ValueError):
+    """A line is no event: not JSON, of unknown kind, or with wrong fields. Carries the line, cut to 200 characters."""
+
+    def __init__(self, line: str, why: str) -> None:
+        super().__init__(f"{why}: {line[:200]!r}")
+        self.line = line[:200]
+        self.why = why
+
+
+class WorkerSpec(Frozen):
+    """All a worker process is told: the one line on its stdin."""
+
+    ticket: str = Field(description="the run to join, as printed by the coordinator")
+    state_folder: Path = Field(description="checkpoints and logs; locked by the supervisor")
+    identity_file: Path = Field(description="Ed25519 key of this peer")
+    stage: int | None = Field(None, ge=0, description="stage to serve; None: the swarm's need decides")
+    host: str = Field("0.0.0.0", description="address to listen on")
+    announce: str = Field("", description="address that other peers dial; empty: found out")
+    port: int = Field(0, ge=0, lt=65536, description="port of the stage service; 0: any")
+    dht_port: int = Field(0, ge=0, lt=65536, description="port of the directory peer; 0: any")
+    metrics_port: int | None = Field(None, ge=0, lt=65536, description="port of /metrics; 0: any, None: off")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    threads: int = Field(0, ge=0, description="torch threads; 0: torch's own choice")
+    activation_budget_bytes: int = Field(1 << 30, ge=0, description="activations kept; beyond it they are recomputed")
+
+
+class Check(Frozen):
+    """One numbered step of joining has ended."""
+
+    event: Literal["check"] = "check"
+    number: int = Field(ge=1)
+    name: CheckName
+    verdict: Literal["ok", "warn", "failed"]
+    seconds: float = Field(ge=0)
+    detail: str
+
+
+class Assigned(Frozen):
+    """Which stage this peer will serve, and why."""
+
+    event: Literal["assigned"] = "assigned"
+    stage: int
+    num_stages: int
+    reason: str
+
+
+class Live(Frozen):
+    """The peer is published and serves its stage."""
+
+    event: Literal["live"] = "live"
+    stage: int
+    peer_id: str
+    endpoint: str = Field(description="host:port of the stage service")
+    metrics_endpoint: str | None = Field(description="host:port of /metrics; None: off")
+    committed_step: int
+    run: str = Field(description="name of the run")
+    steps: int = Field(description="steps of the run")
+
+
+class LinkTraffic(Frozen):
+    """What crossed the link to the next stage in one step."""
+
+    dense_bytes: int = Field(ge=0, description="bf16 activations and gradients would have cost this, both directions")
+    wire_bytes_forward: int = Field(ge=0)
+    wire_bytes_backward: int = Field(ge=0)
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.wire_bytes_forward + self.wire_bytes_backward
+
+
+class StageStep(Frozen):
+    """One stage has committed one step. A restarted worker may repeat steps, with the same loss."""
+
+    event: Literal["stage_step"] = "stage_step"
+    stage: int
+    step: int
+    loss: float | None = Field(description="mean nats per token, known to the last stage (others: None or relayed)")
+    tokens: int = Field(ge=0, description="tokens of this step")
+    seconds: float = Field(ge=0, description="wall time since this stage's previous commit")
+    microbatches: int = Field(ge=0)
+    compute_seconds: float = Field(ge=0)
+    wait_seconds: float = Field(ge=0, description="spent waiting for neighbours")
+    gradient_norm: float
+    link: LinkTraffic | None = Field(description="link to the next stage; None on the last stage")
+
+
+class Evaluation(Frozen):
+    """Validation loss, measured by the last stage with the weights after `step` steps."""
+
+    event: Literal["evaluation"] = "evaluation"
+    stage: int
+    step: int
+    loss: float
+
+
+class Checkpoint(Frozen):
+    """A checkpoint is on disk."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    stage: int
+    step: int
+    seconds: float
+    size_bytes: int
+
+
+class Link(Frozen):
+    """The link to a neighbour was opened or lost."""
+
+    event: Literal["link"] = "link"
+    stage: int
+    side: Literal["upstream", "downstream"]
+    state: Literal["open", "lost"]
+    detail: str
+
+
+class Complete(Frozen):
+    """Every step of the run is committed and saved. The worker stays to hand out its weights until it is drained."""
+
+    event: Literal["complete"] = "complete"
+    stage: int
+    step: int
+
+
+class Error(Frozen):
+    """Why a process gives up: stable code, one cause, one remedy."""
+
+    event: Literal["error"] = "error"
+    code: int
+    cause: str
+    remedy: str
+
+
+class Worker(Frozen):
+    """Said by the supervisor of its worker process."""
+
+    event: Literal["worker"] = "worker"
+    state: Literal["started", "exited", "restarting"]
+    pid: int
+    detail: str
+    in_seconds: float = Field(0.0, ge=0, description="restarting: when")
+
+
+class TicketPrinted(Frozen):
+    """The coordinator has published the run."""
+
+    event: Literal["ticket"] = "ticket"
+    ticket: str
+    run_id: str
+
+
+class PeerSeen(Frozen):
+    """The coordinator saw a peer come or go."""
+
+    event: Literal["peer"] = "peer"
+    state: Literal["joined", "left"]
+    stage: int
+    peer_id: str
+
+
+class Step(Frozen):
+    """One step of the whole run, as `demo --json` and `reference --json` print it."""
+
+    event: Literal["step"] = "step"
+    step: int
+    loss: float
+    tokens: int = Field(description="since the run's beginning")
+    seconds: float = Field(description="wall time of this step")
+    dense_bytes: int
+    wire_bytes: int
+
+
+class Summary(Frozen):
+    """The last line of `demo --json`."""
+
+    event: Literal["summary"] = "summary"
+    val_loss_before: float | None
+    val_loss: float | None
+    wire_compression: float | None = Field(description="dense bytes / wire bytes; None without a link")
+    tokens_per_second: float
+    weights_digest: str
+    unigram_entropy: float
+    steps: int
+    stages: int
+    restarts: int = Field(description="worker processes that were restarted")
+
+
+Event = Annotated[
+    Check
+    | Assigned
+    | Live
+    | StageStep
+    | Evaluation
+    | Checkpoint
+    | Link
+    | Complete
+    | Error
+    | Worker
+    | TicketPrinted
+    | PeerSeen
+    | Step
+    | Summary,
+    Field(discriminator="event"),
+]
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse_event(line: str | bytes) -> Event:
+    """The event that a line holds. Raises EventInvalid."""
+    try:
+        return _EVENT.validate_json(line)
+    except ValidationError as error:
+        text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EventInvalid(text.strip(), f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+def encode_event(event: Event) -> bytes:
+    """The event as one line."""
+    return event.model_dump_json().encode() + b"\n"
+
+
+class EventWriter:
+    """Writes whole lines to a file descriptor, from any thread, unbuffered."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def write(self, event: Event) -> None:
+        """Raises BrokenPipeError when nobody listens any more."""
+        data = memoryview(encode_event(event))
+        with self._lock:
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+
+_stdout = EventWriter(1)
+
+
+def claim_stdout() -> None:
+    """Keeps stdout for events alone: whatever else prints there, in this process or its children, goes to stderr."""
+    global _stdout  # noqa: PLW0603 - one process has one stdout
+    private = os.dup(1)
+    os.dup2(2, 1)
+    _stdout = EventWriter(private)
+
+
+def emit(event: Event) -> None:
+    """Writes one event line to stdout."""
+    _stdout.write(event)
+
+
+def read_spec(stream: IO[bytes]) -> WorkerSpec:
+    """The first line of a worker's stdin (`sys.stdin.buffer`). Raises EventInvalid when it is no spec."""
+    line = stream.readline(MAX_LINE_BYTES)
+    try:
+        return WorkerSpec.model_validate_json(line)
+    except ValidationError as error:
+        raise EventInvalid(line.decode("utf-8", "replace"), f"no worker spec: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,197 @@
+"""Child processes that never outlive their parent.
+
+Three nets, because any process may be killed at any moment:
+- a child dies with its parent (PR_SET_PDEATHSIG, Linux);
+- orphans of a dead child come to us instead of to init (PR_SET_CHILD_SUBREAPER, Linux): we end and reap them;
+- whoever ends a child ends its whole tree.
+Elsewhere than on Linux the first two do nothing, and only the third holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Loaded before any fork: a forked child must not import or dlopen.
+_prctl: Callable[..., int] | None = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+
+
+def become_subreaper() -> bool:
+    """Adopts orphaned descendants from now on. False where the system cannot."""
+    return _prctl is not None and _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Asks the kernel to signal this process when its parent's thread ends; `parent_pid` is who that should be.
+
+    Fork from the parent's main thread: the death of the forking thread counts as the parent's death.
+    """
+    if _prctl is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+    if os.getppid() != parent_pid:  # the parent died between fork and prctl: its signal will never come
+        os.kill(os.getpid(), signal_number)
+
+
+class BoundedLog:
+    """A log file that children append to directly, so that nothing is lost with whoever would copy it.
+
+    Kept within twice `limit_bytes`: what is beyond it moves to `<name>.1`, which is overwritten.
+    """
+
+    def __init__(self, path: Path, limit_bytes: int = 4 << 20) -> None:
+        self.path = path
+        self._limit_bytes = limit_bytes
+
+    def open(self) -> int:
+        """A descriptor to append with; the caller closes it. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.trim()
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def write(self, text: str) -> None:
+        """Appends one line."""
+        fd = self.open()
+        try:
+            os.write(fd, text.encode("utf-8", "replace") + b"\n")
+        finally:
+            os.close(fd)
+
+    def trim(self) -> None:
+        """Moves the newest part aside and empties the file, once it is too long. Appenders go on at its new end."""
+        try:
+            size_bytes = self.path.stat().st_size
+        except FileNotFoundError:
+            return
+        if size_bytes <= self._limit_bytes:
+            return
+        with self.path.open("rb") as source:
+            source.seek(size_bytes - self._limit_bytes)
+            self.path.with_name(self.path.name + ".1").write_bytes(source.read(self._limit_bytes))
+        os.truncate(self.path, 0)
+
+    def tail(self, num_lines: int) -> list[str]:
+        """The last lines."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, self.path.stat().st_size - (64 << 10)))
+                return file.read().decode("utf-8", "replace").splitlines()[-num_lines:]
+        except FileNotFoundError:
+            return []
+
+
+def start_child(
+    command: Sequence[str],
+    *,
+    log: BoundedLog,
+    environment: Mapping[str, str] | None = None,
+    death_signal: int = signal.SIGKILL,
+    stdin: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Starts a child in a session of its own (a Ctrl+C at the terminal is ours alone to pass on) that dies with us.
+
+    Its stdout is a pipe, its stderr goes to the log; stdin is a pipe when asked for, else empty. Raises OSError.
+    """
+    parent_pid = os.getpid()
+    fd = log.open()
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=fd,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent_pid, death_signal),  # noqa: PLW1509 - one prctl, nothing else
+        )
+    finally:
+        os.close(fd)
+
+
+def describe_exit(return_code: int) -> str:
+    """'exit code 3' or 'killed by SIGKILL'."""
+    if return_code >= 0:
+        return f"exit code {return_code}"
+    try:
+        return f"killed by {signal.Signals(-return_code).name}"
+    except ValueError:
+        return f"killed by signal {-return_code}"
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Children, their children and so on; empty for a dead process. Zombies are among them."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all its descendants. The caller reaps its own children."""
+    family = descendants(pid)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family.insert(0, psutil.Process(pid))
+    kill_all(family)
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL to each that still is the process it was (psutil compares start times: pids are reused)."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+
+
+def terminate_then_kill(child: subprocess.Popen[bytes], timeout: timedelta) -> int:
+    """SIGTERM, time to leave, then SIGKILL to whatever of its tree remains. Returns its return code."""
+    family = descendants(child.pid)
+    if child.poll() is None:
+        child.terminate()
+    try:
+        return child.wait(timeout.total_seconds())
+    except subprocess.TimeoutExpired:
+        kill_tree(child.pid)
+        return child.wait()
+    finally:
+        kill_all(family)
+
+
+def sweep_orphans(keep: Iterable[int] = (), timeout: timedelta = timedelta(seconds=5)) -> list[str]:
+    """Ends and reaps every child of ours but those in `keep` and their descendants. Returns the names of those ended.
+
+    After a worker died, what it had started (DHT peer, p2pd, torch_shm_manager) is ours: we are the subreaper. Killing
+    one orphan may bring its children to us, hence the loop.
+    """
+    kept = set(keep)
+    ended: dict[int, str] = {}
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        orphans = [child for child in psutil.Process().children() if child.pid not in kept]
+        if not orphans:
+            break
+        for orphan in orphans:
+            _end_orphan(orphan, ended)
+        time.sleep(0.01)
+    return list(ended.values())
+
+
+def _end_orphan(orphan: psutil.Process, ended: dict[int, str]) -> None:
+    """Kills with its descendants and reaps, if it is dead already."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if orphan.status() != psutil.STATUS_ZOMBIE:
+            ended.setdefault(orphan.pid, orphan.name())
+    kill_tree(orphan.pid)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(orphan.pid, os.WNOHANG)

@@ -1,0 +1,291 @@
+"""Keeps one worker process serving: starts it, restarts it with back-off, drains it, and leaves no process behind.
+
+Knows neither torch nor hivemind: it must stay small and alive whatever happens in the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import fcntl
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+
+from node.errors import StateFolderBusy, WorkerCrashed
+from node.events import (
+    EXIT_DONE,
+    EXIT_REFUSED,
+    EXIT_RESTART,
+    MAX_LINE_BYTES,
+    Assigned,
+    Error,
+    Event,
+    EventInvalid,
+    Worker,
+    WorkerSpec,
+    parse_event,
+)
+from node.processes import BoundedLog, become_subreaper, describe_exit, kill_tree, start_child, sweep_orphans
+
+WORKER_COMMAND = (sys.executable, "-m", "node.worker")
+DRAIN_TIMEOUT = timedelta(seconds=20)
+_POLL_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BackOff:
+    """How long to wait after each crash. A value: `after` gives the next one.
+
+    The n-th crash in a row waits first * factor^(n-1), at most `longest`, less a random share of up to `jitter`, so
+    that peers felled by one cause do not come back in step. A worker that lived `healthy` starts a new row.
+    """
+
+    first: timedelta = timedelta(seconds=1)
+    factor: float = 2.0
+    longest: timedelta = timedelta(seconds=30)
+    jitter: float = 0.5
+    healthy: timedelta = timedelta(minutes=1)
+    give_up_after: int = 6
+    free_restarts: int = 20
+    crashes: int = 0
+    restarts: int = 0
+
+    def after(
+        self, lived: timedelta, *, asked: bool = False, chance: Callable[[], float] = random.random
+    ) -> tuple[BackOff, timedelta | None]:
+        """The next state and the wait, or None: give up. `asked`: the worker wanted to be restarted, at once.
+
+        A worker that asks over and over within its first minute is taken for a crashing one.
+        """
+        start = replace(self, crashes=0, restarts=0) if lived >= self.healthy else self
+        if asked and start.restarts < self.free_restarts:
+            return replace(start, restarts=start.restarts + 1), timedelta(0)
+        crashed = replace(start, crashes=start.crashes + 1)
+        if crashed.crashes >= self.give_up_after:
+            return crashed, None
+        longest = min(self.longest, self.first * self.factor ** (crashed.crashes - 1))
+        return crashed, longest * (1.0 - self.jitter * chance())
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process alone; the kernel lets go of it however we end. Raises StateFolderBusy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            raise StateFolderBusy(f"process {owner or '?'} already uses the state folder {folder}") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Outcome(enum.Enum):
+    """How a supervisor's life ended."""
+
+    COMPLETE = "complete"  # the worker finished by itself
+    DRAINED = "drained"  # asked to stop, and it left in good order
+    KILLED = "killed"  # asked to stop, and it had to be forced
+    REFUSED = "refused"  # the worker said why it will not work, see `error`
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    outcome: Outcome
+    error: Error | None = None
+
+
+class Supervisor:
+    """Runs workers, one after another, until the run is complete, refused, or someone asks to stop."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        on_event: Callable[[Event], None],
+        *,
+        command: Sequence[str] = WORKER_COMMAND,
+        drain_timeout: timedelta = DRAIN_TIMEOUT,
+        back_off: BackOff | None = None,
+    ) -> None:
+        self.log = BoundedLog(spec.state_folder / "worker.log")
+        self._spec = spec
+        self._on_event = on_event
+        self._command = command
+        self._drain_timeout = drain_timeout
+        self._back_off = back_off or BackOff()
+        self._stops = 0
+        self._stopping = asyncio.Event()
+        self._error: Error | None = None
+        self._not_ours: frozenset[int] = frozenset()
+
+    def stop(self) -> None:
+        """Once: drain. Twice: kill. Safe from a signal handler of the loop."""
+        self._stops += 1
+        self._stopping.set()
+
+    async def run(self) -> Ended:
+        """Supervises until the end. Call in the main thread: workers die with the thread that started them.
+
+        Raises StateFolderBusy, WorkerCrashed (too often in a short time), OSError (the worker cannot be started).
+        """
+        become_subreaper()
+        self._not_ours = frozenset(child.pid for child in psutil.Process().children())
+        with locked_folder(self._spec.state_folder), _stop_on_signals(self.stop):
+            return await self._supervise()
+
+    async def _supervise(self) -> Ended:
+        back_off = self._back_off
+        while True:
+            started = time.monotonic()
+            pid, code = await self._one_life()
+            self._on_event(Worker(state="exited", pid=pid, detail=describe_exit(code)))
+            if code == EXIT_DONE:
+                return Ended(Outcome.DRAINED if self._stops else Outcome.COMPLETE)
+            if self._stops:
+                return Ended(Outcome.KILLED)
+            if code == EXIT_REFUSED:
+                return Ended(Outcome.REFUSED, self._error)
+            lived = timedelta(seconds=time.monotonic() - started)
+            back_off, wait = back_off.after(lived, asked=code == EXIT_RESTART)
+            if wait is None:
+                raise WorkerCrashed(self._obituary(back_off.crashes, code))
+            seconds = wait.total_seconds()
+            self._on_event(Worker(state="restarting", pid=pid, detail=describe_exit(code), in_seconds=seconds))
+            await self._pause(seconds)
+            if self._stops:
+                return Ended(Outcome.DRAINED)
+
+    async def _one_life(self) -> tuple[int, int]:
+        """Starts a worker and stays with it. Returns its pid and return code; nothing of its tree is left."""
+        child = start_child(self._command, log=self.log, stdin=True, environment={"GRPC_ENABLE_FORK_SUPPORT": "0"})
+        try:
+            self._on_event(Worker(state="started", pid=child.pid, detail=f"log: {self.log.path}"))
+            async with _stdout_reader(child) as reader:
+                listening = asyncio.create_task(self._listen(reader))
+                try:
+                    self._send_spec(child)
+                    code = await self._until_exit(child, listening)
+                    self._sweep(child)  # also lets go of the pipe, so that its end is seen
+                    await asyncio.wait([listening], timeout=_LAST_WORDS_SECONDS)
+                    if listening.done():
+                        listening.result()
+                    return child.pid, code
+                finally:
+                    listening.cancel()
+                    await asyncio.gather(listening, return_exceptions=True)
+        finally:
+            self._sweep(child)
+
+    def _send_spec(self, child: subprocess.Popen[bytes]) -> None:
+        """A worker that is dead already is seen by whoever waits for it."""
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(self._spec.model_dump_json().encode() + b"\n")
+            child.stdin.flush()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Passes events on until the pipe ends. What is no event goes to the log."""
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:
+                self.log.write(f"supervisor: a line of more than {MAX_LINE_BYTES} bytes on stdout is left out")
+                continue
+            if not line:
+                return
+            try:
+                event = parse_event(line)
+            except EventInvalid as error:
+                self.log.write(f"supervisor: no event on stdout: {error}")
+                continue
+            self._note(event)
+            self._on_event(event)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Error):
+            self._error = event
+        elif isinstance(event, Assigned):  # its checkpoints are of this stage: a restarted worker goes back to it
+            self._spec = self._spec.model_copy(update={"stage": event.stage})
+
+    async def _until_exit(self, child: subprocess.Popen[bytes], listening: asyncio.Task[None]) -> int:
+        """Polls, which works everywhere and needs no child watcher; drains and kills when asked to."""
+        kill_at: float | None = None
+        killed = False
+        while (code := child.poll()) is None:
+            if self._stops and kill_at is None:
+                child.terminate()
+                kill_at = time.monotonic() + self._drain_timeout.total_seconds()
+            late = kill_at is not None and time.monotonic() >= kill_at
+            if not killed and (self._stops > 1 or late):
+                kill_tree(child.pid)
+                killed = True
+            if listening.done() and (error := listening.exception()):
+                raise error
+            self.log.trim()
+            await asyncio.sleep(_POLL_SECONDS)
+        return code
+
+    def _sweep(self, child: subprocess.Popen[bytes]) -> None:
+        """Whatever happened: the worker and all that it started are gone and reaped."""
+        if child.poll() is None:
+            kill_tree(child.pid)
+            child.wait()
+        if child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+        if names := sweep_orphans(keep=self._not_ours):
+            self.log.write(f"supervisor: ended what the worker left behind: {', '.join(names)}")
+
+    async def _pause(self, seconds: float) -> None:
+        """Or until someone asks to stop."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    def _obituary(self, crashes: int, code: int) -> str:
+        lines = [line for line in self.log.tail(20) if line.strip()]
+        last = f"; last line: {lines[-1].strip()}" if lines else ""
+        return f"the worker died {crashes} times in a row ({describe_exit(code)}); log: {self.log.path}{last}"
+
+
+@contextlib.asynccontextmanager
+async def _stdout_reader(child: subprocess.Popen[bytes]) -> AsyncIterator[asyncio.StreamReader]:
+    """The child's stdout, line by line, without a thread."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), child.stdout)
+    try:
+        yield reader
+    finally:
+        transport.close()
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM ask to stop; the handlers of before come back at the end."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

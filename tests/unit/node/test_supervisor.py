@@ -1,0 +1,210 @@
+"""The supervisor restarts, gives up, drains and kills, and always says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.errors import StateFolderBusy, WorkerCrashed
+from node.events import Complete, Error, Event, Worker, WorkerSpec
+from node.supervisor import BackOff, Ended, Outcome, Supervisor, locked_folder
+
+QUICK = BackOff(first=timedelta(milliseconds=10), give_up_after=4)
+PREAMBLE = """
+import json, os, signal, sys, time
+from pathlib import Path
+from node.events import *
+spec = read_spec(sys.stdin.buffer)
+lives = spec.state_folder / "lives"
+life = int(lives.read_text()) + 1 if lives.exists() else 1
+lives.write_text(str(life))
+"""
+
+
+def supervisor(folder: Path, code: str, events: list[Event], **options: object) -> Supervisor:
+    """With a stand-in worker that runs `code`, `life` being the number of its life."""
+    spec = WorkerSpec(ticket="t", state_folder=folder, identity_file=folder / "identity")
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)]
+    settings: dict[str, object] = {"command": command, "back_off": QUICK, **options}
+    return Supervisor(spec, events.append, **settings)  # type: ignore[arg-type]
+
+
+def run(subject: Supervisor) -> Ended:
+    return asyncio.run(asyncio.wait_for(subject.run(), 30))
+
+
+def test_a_worker_that_finishes_ends_the_supervisor(tmp_path: Path) -> None:
+    events: list[Event] = []
+    ended = run(supervisor(tmp_path, "emit(Complete(stage=0, step=3))", events))
+    assert ended == Ended(Outcome.COMPLETE)
+    assert [event.event for event in events] == ["worker", "complete", "worker"]
+    assert events[1] == Complete(stage=0, step=3)
+
+
+def test_a_killed_worker_is_restarted_and_goes_back_to_its_stage(tmp_path: Path) -> None:
+    events: list[Event] = []
+    code = """
+        if life == 1:
+            assert spec.stage is None
+            emit(Assigned(stage=2, num_stages=4, reason="needed"))
+            os.kill(os.getpid(), signal.SIGKILL)
+        emit(Complete(stage=spec.stage, step=1))
+    """
+    ended = run(supervisor(tmp_path, code, events))
+    assert ended.outcome is Outcome.COMPLETE
+    assert Complete(stage=2, step=1) in events
+    states = [(event.state, event.detail) for event in events if isinstance(event, Worker) and event.state != "started"]
+    assert states == [("exited", "killed by SIGKILL"), ("restarting", "killed by SIGKILL"), ("exited", "exit code 0")]
+
+
+def test_exit_75_restarts_at_once(tmp_path: Path) -> None:
+    events: list[Event] = []
+    slow = BackOff(first=timedelta(seconds=60), jitter=0)
+    ended = run(supervisor(tmp_path, "sys.exit(0 if life == 4 else 75)", events, back_off=slow))
+    assert ended.outcome is Outcome.COMPLETE
+    assert [event.in_seconds for event in events if isinstance(event, Worker) and event.state == "restarting"] == [
+        0
+    ] * 3
+
+
+def test_a_refusal_is_passed_on_and_not_retried(tmp_path: Path) -> None:
+    events: list[Event] = []
+    error = Error(code=310, cause="stage 1 is served already", remedy="choose another")
+    code = 'emit(Error(code=310, cause="stage 1 is served already", remedy="choose another")); sys.exit(78)'
+    assert run(supervisor(tmp_path, code, events)) == Ended(Outcome.REFUSED, error)
+    assert (tmp_path / "lives").read_text() == "1"
+
+
+def test_a_worker_that_keeps_crashing_is_given_up_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(WorkerCrashed, match=r"died 4 times in a row \(exit code 1\).*ZeroDivisionError") as caught:
+        run(supervisor(tmp_path, "1 / 0", []))
+    assert caught.value.code == 405
+    assert str(tmp_path / "worker.log") in caught.value.cause
+
+
+def test_a_command_that_cannot_be_started_is_an_error_and_not_a_loop(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run(supervisor(tmp_path, "", [], command=["/nowhere/at-all"]))
+
+
+def test_garbage_on_stdout_costs_nothing_and_is_logged(tmp_path: Path) -> None:
+    events: list[Event] = []
+    code = """
+        print("hello from a library"); print("x" * 3_000_000, flush=True)
+        os.write(1, b'\\xff\\xfe{"event":"complete"\\n')
+        emit(Complete(stage=0, step=1))
+        os.write(1, b"no newline at the end")
+    """
+    assert run(supervisor(tmp_path, code, events)).outcome is Outcome.COMPLETE
+    assert [event for event in events if not isinstance(event, Worker)] == [Complete(stage=0, step=1)]
+    assert "hello from a library" in (tmp_path / "worker.log").read_text()
+
+
+def test_a_second_supervisor_of_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with locked_folder(tmp_path), pytest.raises(StateFolderBusy, match=str(os.getpid())) as caught:
+        run(supervisor(tmp_path, "", []))
+    assert caught.value.code == 108
+    assert run(supervisor(tmp_path, "", [])).outcome is Outcome.COMPLETE  # free again
+
+
+DRAINS = """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    emit(Complete(stage=0, step=0))
+    time.sleep(30)
+"""
+IGNORES = DRAINS.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_drains(tmp_path: Path, number: int) -> None:
+    ended, seconds = _signalled(supervisor(tmp_path, DRAINS, []), number, times=1)
+    assert ended.outcome is Outcome.DRAINED
+    assert seconds < 5
+
+
+def test_two_signals_kill_a_worker_that_will_not_leave(tmp_path: Path) -> None:
+    ended, seconds = _signalled(supervisor(tmp_path, IGNORES, []), signal.SIGINT, times=2)
+    assert ended.outcome is Outcome.KILLED
+    assert seconds < 5
+
+
+def test_draining_is_bounded_in_time(tmp_path: Path) -> None:
+    subject = supervisor(tmp_path, IGNORES, [], drain_timeout=timedelta(seconds=0.3))
+    ended, seconds = _signalled(subject, signal.SIGTERM, times=1)
+    assert ended.outcome is Outcome.KILLED
+    assert 0.3 <= seconds < 5
+
+
+def test_a_signal_during_the_wait_for_a_restart_ends_it(tmp_path: Path) -> None:
+    subject = supervisor(tmp_path, "sys.exit(1)", [], back_off=BackOff(first=timedelta(minutes=5), jitter=0))
+    ended, seconds = _signalled(subject, signal.SIGINT, times=1, when="restarting")
+    assert ended.outcome is Outcome.DRAINED
+    assert seconds < 5
+
+
+def test_the_handlers_of_before_come_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(supervisor(tmp_path, "", []))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def _signalled(subject: Supervisor, number: int, times: int, when: str = "complete") -> tuple[Ended, float]:
+    """Runs it and sends signals to this process at the event `when`. Returns the end and the seconds it took."""
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # equal signals at once would be merged
+
+    def on_event(event: Event) -> None:
+        if when in (event.event, getattr(event, "state", None)):
+            threading.Thread(target=send).start()
+
+    subject._on_event = on_event
+    ended = run(subject)
+    return ended, time.monotonic() - sent[0]
+
+
+@given(lives=st.lists(st.floats(0, 59), max_size=20), chance=st.floats(0, 1))
+def test_back_off_grows_within_its_bounds_and_then_gives_up(lives: list[float], chance: float) -> None:
+    back_off = BackOff()
+    for number, lived in enumerate(lives, start=1):
+        back_off, wait = back_off.after(timedelta(seconds=lived), chance=lambda: chance)
+        if number >= back_off.give_up_after:
+            assert wait is None
+            break
+        assert wait is not None
+        full = min(back_off.longest, back_off.first * 2 ** (number - 1))
+        assert full * 0.5 <= wait <= full
+
+
+def test_a_healthy_minute_is_forgiveness() -> None:
+    back_off = BackOff(jitter=0)
+    for _ in range(100):
+        back_off, wait = back_off.after(timedelta(seconds=61))
+        assert wait == timedelta(seconds=1)
+
+
+def test_who_asks_for_a_restart_for_ever_is_treated_as_crashing() -> None:
+    back_off = BackOff(jitter=0)
+    waits = []
+    while len(waits) < 100:
+        back_off, wait = back_off.after(timedelta(seconds=1), asked=True)
+        waits.append(wait)
+        if wait is None:
+            break
+    assert waits[: back_off.free_restarts] == [timedelta(0)] * back_off.free_restarts
+    assert waits[-1] is None
