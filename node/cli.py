@@ -1,0 +1,106 @@
+"""The command line: which commands there are, and how anything that goes wrong is told.
+
+Each command lives in node/commands with its own options and imports what is heavy only when it runs.
+Exit status: 0 done, 1 the command's verdict is bad, 2 refused (with a code and a remedy), 130 stopped with Ctrl+C.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from node.commands.coordinator import coordinator
+from node.commands.demo import demo
+from node.commands.doctor import doctor
+from node.commands.init import init
+from node.commands.join import join
+from node.commands.reference import reference
+from node.commands.status import status
+from node.errors import CodedError, as_event, describe
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+EPILOG = "Start here: resbm-node demo. What an error code means: docs/errors.md."
+
+
+def build_app() -> typer.Typer:
+    """The application with all commands."""
+    app = typer.Typer(
+        name="resbm-node",
+        help="Train one language model together, over ordinary internet links.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for command in (demo, init, coordinator, join, status, reference, doctor):
+        app.command(command.__name__)(_guarded(command))
+    return app
+
+
+def main() -> None:
+    """Entry point of `resbm-node`."""
+    try:
+        build_app()()
+    except KeyboardInterrupt:  # before a command began
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"resbm-node {_version()}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the program itself; `version` has done its work before this is called."""
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("resbm-node")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "(not installed)"
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its refusals told in two lines and Ctrl+C in none."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if not isinstance(error, CodedError):
+                raise
+            tell(error, as_json="--json" in sys.argv)
+            raise typer.Exit(EXIT_REFUSED) from None
+
+    return run
+
+
+def tell(error: CodedError, *, as_json: bool) -> None:
+    """Prints a refusal: for people on stderr, and for scripts as a JSON line on stdout."""
+    typer.echo(describe(error), err=True)
+    if as_json:
+        typer.echo(json.dumps(as_event(error)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Options that several commands share, declared once, and the run that they choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from node.config import RunConfig
+
+RunFile = Annotated[
+    Path | None, typer.Option("--run", help="Run file to use.", metavar="FILE", rich_help_panel="The run")
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Shipped run to use: demo, narrow, wide, tiny, qwen3-tiny.",
+        show_default="demo",
+        rich_help_panel="The run",
+    ),
+]
+Stages = Annotated[int | None, typer.Option("--stages", help="Pipeline stages.", rich_help_panel="Changes to the run")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", rich_help_panel="Changes to the run")]
+Microbatches = Annotated[
+    int | None, typer.Option("--microbatches", help="Microbatches in a step.", rich_help_panel="Changes to the run")
+]
+Codec = Annotated[
+    Literal["none", "int4", "int8", "bf16"] | None,
+    typer.Option("--codec", help="Encoding of latents and their gradients.", rich_help_panel="Changes to the run"),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of weights, data and rounding.", rich_help_panel="Changes to the run"),
+]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines only, for scripts.")]
+
+
+def chosen_run(
+    run: Path | None,
+    preset: str | None,
+    *,
+    stages: int | None = None,
+    steps: int | None = None,
+    microbatches: int | None = None,
+    codec: str | None = None,
+    seed: int | None = None,
+) -> RunConfig:
+    """The run file or preset (default: demo), with the changes of the command line.
+
+    Raises:
+        typer.BadParameter: both a file and a preset were given.
+        ConfigUnreadable, ConfigInvalid, ConfigImpossible: as node.config says.
+    """
+    from node import config as run_config
+
+    if run is not None and preset is not None:
+        raise typer.BadParameter("give --run or --preset, not both")
+    base = run_config.load(run) if run is not None else run_config.preset(preset or "demo")
+    return base.with_overrides(stages=stages, steps=steps, microbatches=microbatches, codec=codec, seed=seed)
