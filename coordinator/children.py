@@ -1,0 +1,67 @@
+"""No orphans: the directory's child processes die with their parent, however it dies, and leave no files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+PARENT_POLL = timedelta(seconds=0.5)
+
+
+def die_with_parent(parent_pid: int, scratch: Path) -> None:
+    """Makes this forked process outlive neither its parent nor a SIGTERM, and leave no child and no scratch folder.
+
+    Call it in the main thread of the child, first thing. The child leaves its parent's process group: Ctrl+C then
+    reaches the parent alone, which can still use the directory to say goodbye.
+    """
+
+    def on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+        _exit_clean(scratch)
+
+    def watch_parent() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL.total_seconds())
+        _exit_clean(scratch)
+
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    threading.Thread(target=watch_parent, name="parent-watch", daemon=True).start()
+
+
+def _exit_clean(scratch: Path) -> None:
+    kill_all(descendants_of(os.getpid()))
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
+
+
+def descendants_of(pid: int) -> list[psutil.Process]:
+    """All processes below `pid` that live now. They stay known by these even after their own parent has died."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """SIGKILL to each that still runs; a number given to another process since is left alone (psutil compares)."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def is_running(process: psutil.Process) -> bool:
+    """False also for a zombie, and for another process that was given the same number since."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,159 @@
+"""What the directory says, as plain frozen values: who serves which stage of a run. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Final
+
+from resbm_pb import records_pb2
+
+from coordinator.errors import RecordForged, RecordInvalid
+from coordinator.records import Opened
+
+RESERVED: Final = records_pb2.PEER_STATE_RESERVED
+SERVING: Final = records_pb2.PEER_STATE_SERVING
+DRAINING: Final = records_pb2.PEER_STATE_DRAINING
+COMPLETE: Final = records_pb2.PEER_STATE_COMPLETE
+
+MAX_ENDPOINTS = 8
+MAX_ENDPOINT_CHARACTERS = 256
+
+
+def run_key(run_id: str) -> str:
+    """DHT key of the run's record; the subkey is its publisher's peer id."""
+    return f"resbm/{run_id}/run"
+
+
+def stage_key(run_id: str, stage: int) -> str:
+    """DHT key of a stage's peers; the subkeys are their peer ids."""
+    return f"resbm/{run_id}/stage/{stage}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerEntry:
+    """One peer that serves, or is about to serve, one stage. The fields are those of resbm.v1.PeerRecord."""
+
+    run_id: str
+    stage: int
+    peer_id: str
+    endpoints: tuple[str, ...]
+    """Addresses of the stage service, "host:port", best first."""
+    state: records_pb2.PeerState.ValueType
+    throughput: float
+    """Microbatches per second."""
+    reserved_at: float
+    """Unix time in seconds; the earlier of two claims to a place wins."""
+    queue_depth: int = 0
+    committed_step: int = 0
+    durable_step: int | None = None
+    software_version: str = ""
+    loss: float | None = None
+    compute_share: float = 0.0
+    microbatches: int = 0
+    tokens_per_second: float = 0.0
+    wire_compression: float = 0.0
+    expires_at: float = 0.0
+    """Unix time in seconds; set by the directory when the entry is read, 0 in an entry to be published."""
+
+    def is_live(self, now: float) -> bool:
+        """Whether the record still speaks for its peer."""
+        return self.expires_at > now
+
+    def to_record(self) -> records_pb2.PeerRecord:
+        """The message to be sealed; the expiration travels in the envelope."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "expires_at"}
+        return records_pb2.PeerRecord(**{name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def from_opened(cls, opened: Opened[records_pb2.PeerRecord], *, run_id: str, stage: int) -> PeerEntry:
+        """Reads a verified record found under a run's stage.
+
+        Raises:
+            RecordForged: it speaks for a peer other than its signer.
+            RecordInvalid: it names another run or stage, or impossible values.
+        """
+        record = opened.message
+        if record.peer_id != opened.peer_id:
+            raise RecordForged(f"{opened.peer_id} signed a record for peer {record.peer_id[:64]!r}")
+        if record.run_id != run_id or record.stage != stage:
+            raise RecordInvalid(f"{opened.peer_id} names stage {record.stage} of run {record.run_id[:64]!r}")
+        _check_values(record, opened.peer_id)
+        return cls(
+            run_id=record.run_id,
+            stage=record.stage,
+            peer_id=record.peer_id,
+            endpoints=tuple(record.endpoints),
+            state=record.state,
+            throughput=record.throughput,
+            reserved_at=record.reserved_at,
+            queue_depth=record.queue_depth,
+            committed_step=record.committed_step,
+            durable_step=record.durable_step if record.HasField("durable_step") else None,
+            software_version=record.software_version,
+            loss=record.loss if record.HasField("loss") else None,
+            compute_share=record.compute_share,
+            microbatches=record.microbatches,
+            tokens_per_second=record.tokens_per_second,
+            wire_compression=record.wire_compression,
+            expires_at=opened.expires_at,
+        )
+
+
+def _check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
+    if record.state not in (RESERVED, SERVING, DRAINING, COMPLETE):
+        raise RecordInvalid(f"{peer_id} is in the unknown state {record.state}")
+    if not 1 <= len(record.endpoints) <= MAX_ENDPOINTS or not all(map(_is_endpoint, record.endpoints)):
+        raise RecordInvalid(f"{peer_id} has no usable endpoint")
+    numbers = (record.throughput, record.compute_share, record.tokens_per_second, record.wire_compression)
+    if not all(math.isfinite(number) and number >= 0 for number in (*numbers, record.reserved_at)):
+        raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")
+
+
+def _is_endpoint(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536) and (
+        len(text) <= MAX_ENDPOINT_CHARACTERS and text.isprintable() and " " not in text
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySnapshot:
+    """A run's peers by stage, as one reader saw them at one moment."""
+
+    run_id: str
+    peers: tuple[tuple[PeerEntry, ...], ...]
+    """One tuple per stage, sorted by peer id; only records that were valid and live when read."""
+    taken_at: float
+    """Unix time in seconds."""
+    num_refused: int = 0
+    """Records that were found and refused (forged, expired or invalid)."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.peers)
+
+    def at(self, stage: int) -> tuple[PeerEntry, ...]:
+        """The peers of one stage."""
+        return self.peers[stage]
+
+    def all_peers(self) -> tuple[PeerEntry, ...]:
+        """Every peer, by stage and then by peer id."""
+        return tuple(entry for entries in self.peers for entry in entries)
+
+    def find(self, peer_id: str) -> PeerEntry | None:
+        """The peer's newest record, if it has any."""
+        own = [entry for entry in self.all_peers() if entry.peer_id == peer_id]
+        return max(own, key=lambda entry: entry.expires_at, default=None)
+
+    @classmethod
+    def of(
+        cls, run_id: str, num_stages: int, entries: Iterable[PeerEntry], *, taken_at: float, num_refused: int = 0
+    ) -> DirectorySnapshot:
+        """Sorts entries by stage; those that are no longer live are left out."""
+        stages: list[list[PeerEntry]] = [[] for _ in range(num_stages)]
+        for entry in sorted(entries, key=lambda entry: entry.peer_id):
+            if entry.is_live(taken_at):
+                stages[entry.stage].append(entry)
+        return cls(run_id, tuple(map(tuple, stages)), taken_at, num_refused)
