@@ -99,8 +99,8 @@ def values_size(encoding: Encoding, batch: int, tokens: int, width: int) -> int:
     return (batch * tokens * width * _BITS[encoding] + 7) // 8
 
 
-def scales_size(encoding: Encoding, batch: int, tokens: int) -> int:
-    """Bytes of the scales: one per token for the token-scaled encodings, none for the others."""
+def scales_size(encoding: Encoding, batch: int, tokens: int, width: int) -> int:  # one signature with values_size
+    """Bytes of the scales: one per token for the token-scaled encodings, whatever the width; none for the others."""
     return batch * tokens if encoding in _TOKEN_SCALED else 0
 
 
@@ -156,7 +156,7 @@ def unpack(packed: Packed, clip: float, device: torch.device | str = "cpu") -> T
     if min(batch, tokens, width) < 1:
         raise WrongShape(f"tensor of shape [{batch}, {tokens}, {width}] is empty")
     _require_size("values", len(packed.values), values_size(encoding, batch, tokens, width))
-    _require_size("scales", len(packed.scales), scales_size(encoding, batch, tokens))
+    _require_size("scales", len(packed.scales), scales_size(encoding, batch, tokens, width))
     count = batch * tokens * width
     raw = _from_bytes(packed.values, device)
     if encoding in _REAL:

@@ -55,7 +55,7 @@ def test_sizes_are_exactly_those_of_shape_and_encoding(
 ) -> None:
     packed = pack(tensor(shape, seed), encoding, CLIP)
     assert len(packed.values) == values_size(encoding, *shape) == math.ceil(math.prod(shape) * BITS[encoding.name] / 8)
-    assert len(packed.scales) == scales_size(encoding, *shape[:2])
+    assert len(packed.scales) == scales_size(encoding, *shape)
     assert packed.num_bytes == len(packed.values) + len(packed.scales)
     assert (packed.batch, packed.tokens, packed.width) == shape
 
@@ -152,7 +152,7 @@ def test_what_is_not_a_believable_number_is_never_read(encoding: Encoding, dtype
 def test_wrong_lengths_are_refused(
     encoding: Encoding, shape: tuple[int, int, int], more: int, more_scales: int
 ) -> None:
-    values, scales = values_size(encoding, *shape) + more, scales_size(encoding, *shape[:2]) + more_scales
+    values, scales = values_size(encoding, *shape) + more, scales_size(encoding, *shape) + more_scales
     packed = Packed(encoding, *shape, bytes(max(0, values)), bytes(max(0, scales)))
     delta = (len(packed.values) - (values - more)) or (len(packed.scales) - (scales - more_scales))
     if delta:
@@ -168,7 +168,7 @@ def test_every_byte_string_of_the_right_length_reads_as_finite_numbers(
 ) -> None:
     rng = np.random.default_rng(seed)
     packed = Packed(
-        encoding, *shape, rng.bytes(values_size(encoding, *shape)), rng.bytes(scales_size(encoding, *shape[:2]))
+        encoding, *shape, rng.bytes(values_size(encoding, *shape)), rng.bytes(scales_size(encoding, *shape))
     )
     assert bool(torch.isfinite(unpack(packed, CLIP)).all())
 

@@ -1,0 +1,114 @@
+"""What makes a cut through the transformer cheap: encoder and decoder of one boundary.
+
+    encoder:  u  = x - anchor(ids)
+              b  = RMSNorm( u[:h] + W_e u )          rectangular identity + learned projection
+    decoder:  x' = anchor(ids) + zeropad(g * b) + W_d (g * b)      g: learned gain per channel
+
+After ResBM (arXiv 2604.11947), section 3, with the norm, the gain and the anchors added: without the norm latents grow
+by an order of magnitude at every boundary, and with anchors latents need not carry which token stands where.
+
+Shapes: B batch, T tokens, D model width, h latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stage_server.config import BottleneckConfig
+
+NORM_EPSILON = 1e-6
+
+
+def rms_norm(x_BTh: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension, in float32, without learned weights."""
+    x_BTh = x_BTh.float()
+    return x_BTh * torch.rsqrt(x_BTh.square().mean(-1, keepdim=True) + NORM_EPSILON)
+
+
+class Encoder(nn.Module):
+    """Residual stream to latent."""
+
+    def __init__(self, config: BottleneckConfig, hidden: int, width: int) -> None:
+        super().__init__()
+        self.identity, self.norm, self.width = config.identity, config.norm, width
+        if config.projection == "linear":
+            self.weight = nn.Parameter(torch.empty(width, hidden))
+        else:
+            self.register_parameter("weight", None)
+
+    def forward(self, x_BTD: Tensor, anchor_BTD: Tensor | None) -> Tensor:
+        """Latents float32 [B, T, h] of the stream [B, T, D]; the anchor, if any, is subtracted first."""
+        u_BTD = x_BTD if anchor_BTD is None else x_BTD - anchor_BTD
+        b_BTh = _sum(
+            u_BTD[..., : self.width] if self.identity else None,
+            None if self.weight is None else nn.functional.linear(u_BTD, self.weight),
+        )
+        return rms_norm(b_BTh) if self.norm else b_BTh.float()
+
+
+class Decoder(nn.Module):
+    """Latent to residual stream."""
+
+    def __init__(self, config: BottleneckConfig, hidden: int, width: int) -> None:
+        super().__init__()
+        self.identity, self.padding = config.identity, hidden - width
+        if config.projection == "linear":
+            self.weight = nn.Parameter(torch.empty(hidden, width))
+        else:
+            self.register_parameter("weight", None)
+
+    def forward(self, b_BTh: Tensor, anchor_BTD: Tensor | None) -> Tensor:
+        """The stream [B, T, D] of latents [B, T, h] to which the gain is already applied."""
+        x_BTD = _sum(
+            nn.functional.pad(b_BTh, (0, self.padding)) if self.identity else None,
+            None if self.weight is None else nn.functional.linear(b_BTh, self.weight),
+        )
+        return x_BTD if anchor_BTD is None else x_BTD + anchor_BTD
+
+
+class Boundary(nn.Module):
+    """One side of a boundary: the sending stage holds its encoder, the receiving stage its gain and decoder."""
+
+    def __init__(
+        self, *, encoder: Encoder | None = None, decoder: Decoder | None = None, gain: int | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        if gain is not None:
+            self.gain = nn.Parameter(torch.empty(gain))
+        else:
+            self.register_parameter("gain", None)
+
+    def encode(self, x_BTD: Tensor, anchor_BTD: Tensor | None) -> Tensor:
+        """Latents to send; without an encoder the stream itself."""
+        b_BTh: Tensor = x_BTD.float() if self.encoder is None else self.encoder(x_BTD, anchor_BTD)
+        return b_BTh
+
+    def decode(self, b_BTh: Tensor, anchor_BTD: Tensor | None) -> Tensor:
+        """The stream of received latents; without a decoder they are the stream."""
+        if self.decoder is None:
+            return b_BTh
+        x_BTD: Tensor = self.decoder(b_BTh if self.gain is None else self.gain * b_BTh, anchor_BTD)
+        return x_BTD
+
+
+def sending_side(config: BottleneckConfig, hidden: int, width: int) -> Boundary:
+    """The part of a boundary that the upstream stage holds, parameters not initialised."""
+    return Boundary(encoder=Encoder(config, hidden, width) if config.enabled else None)
+
+
+def receiving_side(config: BottleneckConfig, hidden: int, width: int) -> Boundary:
+    """The part of a boundary that the downstream stage holds, parameters not initialised."""
+    if not config.enabled:
+        return Boundary()
+    return Boundary(decoder=Decoder(config, hidden, width), gain=width if config.gain else None)
+
+
+def _sum(identity: Tensor | None, projected: Tensor | None) -> Tensor:
+    if identity is None or projected is None:
+        present = projected if identity is None else identity
+        if present is None:
+            raise ValueError("a boundary without identity and projection lets nothing cross")
+        return present
+    return identity + projected

@@ -1,0 +1,158 @@
+"""The optimizer step of one stage: Muon for hidden matrices, AdamW for the rest, one schedule of the global step.
+
+Clipping is per stage, at clip_norm / sqrt(S): the norm of the whole model would cost a round trip through the swarm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stage_server.config import OptimizerConfig
+from stage_server.errors import CheckpointInvalid, NotFinite
+
+_NOT_HIDDEN = ("model.embed_tokens.", "anchors.", "lm_head.")
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """What one optimizer step did."""
+
+    gradient_norm: float  # of this stage, before clipping
+    clipped: bool
+    learning_rate_scale: float  # share of the peak learning rate
+
+
+def schedule(step: int, steps: int, warmup_fraction: float, final_fraction: float) -> float:
+    """Share of the peak learning rate in step 1 to `steps`: linear warm-up to 1, then linear decay to the final share.
+
+    Past the last step (a run that was made longer by hand) the rate stays at its final share.
+    """
+    warmup = math.ceil(warmup_fraction * steps)
+    if step <= warmup:
+        return step / warmup
+    remaining = max(0.0, (steps - step) / max(1, steps - warmup))
+    return final_fraction + (1.0 - final_fraction) * remaining
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may train it: 2-D and neither a table of tokens nor the head."""
+    return parameter.ndim == 2 and not name.startswith(_NOT_HIDDEN)
+
+
+class StageOptimizer:
+    """Optimizers, clipping and schedule over the parameters of one stage.
+
+    Args:
+        parameters: by global name.
+        config: the run's.
+        num_stages: S.
+        steps: optimizer steps of the whole run.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, num_stages: int, steps: int
+    ) -> None:
+        self._parameters = dict(sorted(parameters.items()))
+        self._config, self._steps = config, steps
+        self._norm_limit = config.clip_norm / math.sqrt(num_stages)
+        self._optimizers = _build(self._parameters, config)
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for _, optimizer in self._optimizers]
+
+    def step(self, step: int) -> CommitReport:
+        """Clip, update the parameters and drop the gradients.
+
+        Raises:
+            NotFinite: a gradient holds NaN or infinity; nothing has changed.
+        """
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = _total_norm(gradients)
+        if not math.isfinite(norm):
+            raise NotFinite(f"gradient norm of step {step} is {norm}")
+        clipped = 0.0 < self._norm_limit < norm
+        if clipped:
+            torch._foreach_mul_(gradients, self._norm_limit / norm)
+        scale = schedule(step, self._steps, self._config.warmup_fraction, self._config.final_fraction)
+        for (_, optimizer), peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            optimizer.step()
+        self.zero_gradients()
+        return CommitReport(norm, clipped, scale)
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients and free their memory."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live state by stable name, `optimizer.<kind>.<parameter>.<field>`; empty before the first step."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        return {
+            f"optimizer.{kind}.{names[parameter]}.{field}": value
+            for kind, optimizer in self._optimizers
+            for parameter, fields in optimizer.state.items()
+            for field, value in fields.items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state by copies of the tensors.
+
+        Raises:
+            CheckpointInvalid: a name or shape that this stage has no place for; nothing has changed.
+        """
+        places: list[tuple[torch.optim.Optimizer, nn.Parameter, str, Tensor]] = []
+        for full_name, value in tensors.items():
+            _, kind, rest = full_name.split(".", 2)
+            name, field = rest.rsplit(".", 1)
+            parameter, optimizer = self._parameters.get(name), dict(self._optimizers).get(kind)
+            if parameter is None or optimizer is None or value.shape not in (parameter.shape, torch.Size([])):
+                raise CheckpointInvalid(f"{full_name} with shape {list(value.shape)} does not belong to this stage")
+            places.append((optimizer, parameter, field, value))
+        for _, optimizer in self._optimizers:
+            optimizer.state.clear()
+        for optimizer, parameter, field, value in places:
+            # AdamW keeps its step count, a scalar, on the CPU
+            device = parameter.device if value.ndim else "cpu"
+            optimizer.state[parameter][field] = value.detach().to(device, copy=True)
+
+    def state_bytes(self) -> int:
+        """Memory of the state."""
+        return sum(value.nbytes for value in self.state_tensors().values())
+
+
+def _build(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[tuple[str, torch.optim.Optimizer]]:
+    hidden = [p for name, p in parameters.items() if is_hidden_matrix(name, p)] if config.hidden == "muon" else []
+    chosen = set(hidden)
+    matrices = [p for p in parameters.values() if p.ndim >= 2 and p not in chosen]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    optimizers: list[tuple[str, torch.optim.Optimizer]] = []
+    if hidden:
+        muon = torch.optim.Muon(
+            hidden,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.muon_momentum,
+            nesterov=True,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(("muon", muon))
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        adamw = torch.optim.AdamW(groups, lr=config.adamw_lr, betas=config.adamw_betas)
+        optimizers.append(("adamw", adamw))
+    return optimizers
+
+
+def _total_norm(gradients: Iterable[Tensor]) -> float:
+    """Euclidean norm of all gradients together; NaN and infinity are handed on."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
