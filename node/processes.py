@@ -168,30 +168,34 @@ def terminate_then_kill(child: subprocess.Popen[bytes], timeout: timedelta) -> i
         kill_all(family)
 
 
-def sweep_orphans(keep: Iterable[int] = (), timeout: timedelta = timedelta(seconds=5)) -> list[str]:
+def sweep_orphans(keep: Iterable[int] = (), grace: timedelta = timedelta(seconds=2)) -> list[str]:
     """Ends and reaps every child of ours but those in `keep` and their descendants. Returns the names of those ended.
 
-    After a worker died, what it had started (DHT peer, p2pd, torch_shm_manager) is ours: we are the subreaper. Killing
-    one orphan may bring its children to us, hence the loop.
+    After a worker died, what it had started (DHT peer, p2pd, torch_shm_manager) is ours: we are the subreaper. Each
+    gets SIGTERM and some time first, to remove its socket files. One orphan's death may bring its children to us,
+    hence the loop.
     """
     kept = set(keep)
     ended: dict[int, str] = {}
-    deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
-        orphans = [child for child in psutil.Process().children() if child.pid not in kept]
-        if not orphans:
-            break
+    started = time.monotonic()
+    while orphans := [child for child in psutil.Process().children() if child.pid not in kept]:
+        waited = time.monotonic() - started
+        if waited > 2 * grace.total_seconds():
+            break  # not even SIGKILL helps: stuck in the kernel
         for orphan in orphans:
-            _end_orphan(orphan, ended)
+            _end_orphan(orphan, ended, by_force=waited > grace.total_seconds())
         time.sleep(0.01)
     return list(ended.values())
 
 
-def _end_orphan(orphan: psutil.Process, ended: dict[int, str]) -> None:
-    """Kills with its descendants and reaps, if it is dead already."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if orphan.status() != psutil.STATUS_ZOMBIE:
-            ended.setdefault(orphan.pid, orphan.name())
-    kill_tree(orphan.pid)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(orphan.pid, os.WNOHANG)
+def _end_orphan(orphan: psutil.Process, ended: dict[int, str], *, by_force: bool) -> None:
+    """Reaps one that is dead, asks one that has not been asked, kills one that did not listen."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        if orphan.status() == psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(orphan.pid, os.WNOHANG)
+        elif by_force:
+            kill_tree(orphan.pid)
+        elif orphan.pid not in ended:
+            ended[orphan.pid] = orphan.name()
+            orphan.terminate()

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,15 +27,13 @@ from node.events import (
     EXIT_DONE,
     EXIT_REFUSED,
     EXIT_RESTART,
-    MAX_LINE_BYTES,
     Assigned,
     Error,
     Event,
-    EventInvalid,
     Worker,
     WorkerSpec,
-    parse_event,
 )
+from node.pipes import forward_events, reading_stdout
 from node.processes import BoundedLog, become_subreaper, describe_exit, kill_tree, start_child, sweep_orphans
 
 WORKER_COMMAND = (sys.executable, "-m", "node.worker")
@@ -147,7 +145,7 @@ class Supervisor:
         """
         become_subreaper()
         self._not_ours = frozenset(child.pid for child in psutil.Process().children())
-        with locked_folder(self._spec.state_folder), _stop_on_signals(self.stop):
+        with locked_folder(self._spec.state_folder), stop_on_signals(self.stop):
             return await self._supervise()
 
     async def _supervise(self) -> Ended:
@@ -177,8 +175,8 @@ class Supervisor:
         child = start_child(self._command, log=self.log, stdin=True, environment={"GRPC_ENABLE_FORK_SUPPORT": "0"})
         try:
             self._on_event(Worker(state="started", pid=child.pid, detail=f"log: {self.log.path}"))
-            async with _stdout_reader(child) as reader:
-                listening = asyncio.create_task(self._listen(reader))
+            async with reading_stdout(child) as reader:
+                listening = asyncio.create_task(forward_events(reader, self._heard, self._logged))
                 try:
                     self._send_spec(child)
                     code = await self._until_exit(child, listening)
@@ -200,29 +198,15 @@ class Supervisor:
             child.stdin.write(self._spec.model_dump_json().encode() + b"\n")
             child.stdin.flush()
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Passes events on until the pipe ends. What is no event goes to the log."""
-        while True:
-            try:
-                line = await reader.readline()
-            except ValueError:
-                self.log.write(f"supervisor: a line of more than {MAX_LINE_BYTES} bytes on stdout is left out")
-                continue
-            if not line:
-                return
-            try:
-                event = parse_event(line)
-            except EventInvalid as error:
-                self.log.write(f"supervisor: no event on stdout: {error}")
-                continue
-            self._note(event)
-            self._on_event(event)
-
-    def _note(self, event: Event) -> None:
+    def _heard(self, event: Event) -> None:
         if isinstance(event, Error):
             self._error = event
         elif isinstance(event, Assigned):  # its checkpoints are of this stage: a restarted worker goes back to it
             self._spec = self._spec.model_copy(update={"stage": event.stage})
+        self._on_event(event)
+
+    def _logged(self, text: str) -> None:
+        self.log.write(f"supervisor: {text}")
 
     async def _until_exit(self, child: subprocess.Popen[bytes], listening: asyncio.Task[None]) -> int:
         """Polls, which works everywhere and needs no child watcher; drains and kills when asked to."""
@@ -251,7 +235,7 @@ class Supervisor:
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
         if names := sweep_orphans(keep=self._not_ours):
-            self.log.write(f"supervisor: ended what the worker left behind: {', '.join(names)}")
+            self._logged(f"ended what the worker left behind: {', '.join(names)}")
 
     async def _pause(self, seconds: float) -> None:
         """Or until someone asks to stop."""
@@ -264,20 +248,8 @@ class Supervisor:
         return f"the worker died {crashes} times in a row ({describe_exit(code)}); log: {self.log.path}{last}"
 
 
-@contextlib.asynccontextmanager
-async def _stdout_reader(child: subprocess.Popen[bytes]) -> AsyncIterator[asyncio.StreamReader]:
-    """The child's stdout, line by line, without a thread."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=MAX_LINE_BYTES)
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), child.stdout)
-    try:
-        yield reader
-    finally:
-        transport.close()
-
-
 @contextlib.contextmanager
-def _stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGINT and SIGTERM ask to stop; the handlers of before come back at the end."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
