@@ -25,14 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read by grpc at import; with 1 forked children hang
-
-import hivemind
-from hivemind.dht import DHTNode
-from hivemind.p2p import P2P
-
 from coordinator import children
 from coordinator.errors import ClockSkew, DirectoryLost, PortTaken, SwarmError, TicketUnreachable
+from coordinator.hivemind_parts import DHT, P2P, DHTNode
 from coordinator.identity import write_key_file
 from coordinator.validator import SignedRecordValidator
 
@@ -61,7 +56,7 @@ class RequestStats:
         )
 
 
-class _DhtProcess(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
+class _DhtProcess(DHT):  # type: ignore[misc]  # hivemind has no types
     """hivemind's DHT process, which from its first moment on does not outlive its parent."""
 
     def __init__(self, scratch: Path, **settings: Any) -> None:
@@ -70,6 +65,7 @@ class _DhtProcess(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
 
     def run(self) -> None:
         children.die_with_parent(self._parent_pid, self._scratch)
+        warnings.simplefilter("ignore")  # this process runs hivemind's code alone; its warnings are not ours to heed
         P2P._UNIX_SOCKET_PREFIX = f"/unix{self._scratch}/"  # so that leftovers have one known place
         try:
             super().run()
@@ -101,7 +97,7 @@ class _DhtProcess(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-async def _read(_dht: hivemind.DHT, node: DHTNode, *, keys: Collection[str]) -> Found:
+async def _read(_dht: DHT, node: DHTNode, *, keys: Collection[str]) -> Found:
     """Runs in the DHT's process: one search for all keys, for the newest of every subkey."""
     found = await node.get_many(keys, sufficient_expiration_time=float("inf"))
     return {
@@ -280,7 +276,7 @@ def _start_error(error: Exception, listen: Listen, bootstrap: Sequence[str]) -> 
 
 
 def _addresses_of(dht: _DhtProcess, timeout: timedelta) -> tuple[str, ...]:
-    answer = dht.run_coroutine(partial(hivemind.DHT._get_visible_maddrs, latest=True), return_future=True)
+    answer = dht.run_coroutine(partial(DHT._get_visible_maddrs, latest=True), return_future=True)
     addresses = [str(address) for address in answer.result(timeout.total_seconds())]
     reachable = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
     return tuple(reachable or addresses)

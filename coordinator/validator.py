@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
-
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read by grpc at import; with 1 forked children hang
-
-from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
-from hivemind.dht.routing import DHTID
-from hivemind.utils import MSGPackSerializer
 
 from coordinator import identity, records
 from coordinator.errors import RecordError
+from coordinator.hivemind_parts import DHTID, DHTRecord, MSGPackSerializer, RecordValidatorBase
 
 
 class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types

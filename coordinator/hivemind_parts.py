@@ -1,0 +1,19 @@
+"""The one place that imports hivemind: the environment set first, and the warnings of its imports kept to itself."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read by grpc at import; with 1 forked children hang
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # hivemind's mixture of experts, unused here, calls deprecated parts of torch
+    from hivemind import DHT
+    from hivemind.dht import DHTNode
+    from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
+    from hivemind.dht.routing import DHTID
+    from hivemind.p2p import P2P
+    from hivemind.utils import MSGPackSerializer
+
+__all__ = ["DHT", "DHTID", "P2P", "DHTNode", "DHTRecord", "MSGPackSerializer", "RecordValidatorBase"]
