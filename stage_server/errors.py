@@ -2,10 +2,11 @@
 
     StageError
     ├── ConfigImpossible          numbers that contradict each other
-    ├── FrameError                a frame is refused; costs its sender the stream
+    ├── PortTaken                 the address to listen on is not to be had
+    ├── FrameError                a frame (or its sender) is refused; costs the sender the stream
     │   ├── WrongVersion WrongRun WrongStage ProtocolViolation
     │   ├── WrongShape Oversized Truncated CorruptFrame UnknownCodec
-    │   ├── WrongStep WrongToken NotFinite
+    │   ├── WrongStep WrongToken NotFinite NeighbourStateLost
     ├── LinkLost                  the neighbour is gone; the link is resumed, nothing is lost
     ├── CheckpointInvalid CheckpointUnwritable StateLost
     └── RewindNeeded              a neighbour needs frames that nobody holds any more
@@ -37,6 +38,11 @@ class StageError(Exception):
 class ConfigImpossible(StageError):
     code = codes.ERROR_CODE_CONFIG_IMPOSSIBLE
     remedy = "change the named fields of the run file"
+
+
+class PortTaken(StageError):
+    code = codes.ERROR_CODE_PORT_TAKEN
+    remedy = "choose another port with --port, or 0 for any free one"
 
 
 class FrameError(StageError):
@@ -112,6 +118,13 @@ class CheckpointUnwritable(StageError):
     remedy = "free disk space or point --state-dir at another disk, then join again"
 
 
+class NeighbourStateLost(FrameError):
+    """The neighbour's state is older than what anybody keeps frames for. Told to it; there it is StateLost."""
+
+    code = codes.ERROR_CODE_STATE_LOST
+    remedy = "nothing to do here: the neighbour has to restore its state"
+
+
 class StateLost(StageError):
     code = codes.ERROR_CODE_STATE_LOST
     remedy = "restore this stage's state folder from a backup, or start a new run"
@@ -126,3 +139,10 @@ class RewindNeeded(StageError):
     def __init__(self, cause: str, to_step: int) -> None:
         super().__init__(cause)
         self.to_step = to_step
+
+
+def refusal(code: int, detail: str) -> StageError:
+    """A neighbour's refusal as an error here: StateLost is final, anything else may pass when the link is redialled."""
+    if code == codes.ERROR_CODE_STATE_LOST:
+        return StateLost(detail)
+    return LinkLost(f"the neighbour ended the link: {detail}")

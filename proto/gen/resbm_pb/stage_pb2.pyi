@@ -13,6 +13,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from resbm_pb import errors_pb2 as _errors_pb2
 from resbm_pb import tensors_pb2 as _tensors_pb2
 import builtins as _builtins
 import sys
@@ -360,6 +361,7 @@ class LinkStatus(_message.Message):
     MICROBATCHES_SENT_FIELD_NUMBER: _builtins.int
     COMMITTED_STEP_FIELD_NUMBER: _builtins.int
     DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     microbatches_sent: _builtins.int
     """Microbatch payloads the sender has put on this link since it was opened. A receiver that has seen fewer has lost
     some and reopens the link.
@@ -370,16 +372,19 @@ class LinkStatus(_message.Message):
     """The newest step that every stage on the sender's side of the link (itself included) holds a checkpoint of; absent
     while unknown. Frames of steps up to the minimum of both sides may be dropped: nobody can need them again.
     """
+    sequence: _builtins.int
+    """Counts the statuses of this link, from 1: one that was overtaken by a newer one is ignored."""
     def __init__(
         self,
         *,
         microbatches_sent: _builtins.int = ...,
         committed_step: _builtins.int = ...,
         durable_step: _builtins.int | None = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "durable_step", b"durable_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "microbatches_sent", b"microbatches_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "microbatches_sent", b"microbatches_sent", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015
@@ -405,6 +410,8 @@ class Goodbye(_message.Message):
         """The person at the other end asked it to stop; its stage will be served by someone else or by it later."""
         REASON_RUN_COMPLETE: Goodbye._Reason.ValueType  # 2
         """Every step of the run is committed; nothing is left to exchange."""
+        REASON_REFUSED: Goodbye._Reason.ValueType  # 3
+        """The sender refuses the receiver; `code` and `detail` say why. (The answering side refuses by the call's status.)"""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
     REASON_UNSPECIFIED: Goodbye.Reason.ValueType  # 0
@@ -413,18 +420,28 @@ class Goodbye(_message.Message):
     """The person at the other end asked it to stop; its stage will be served by someone else or by it later."""
     REASON_RUN_COMPLETE: Goodbye.Reason.ValueType  # 2
     """Every step of the run is committed; nothing is left to exchange."""
+    REASON_REFUSED: Goodbye.Reason.ValueType  # 3
+    """The sender refuses the receiver; `code` and `detail` say why. (The answering side refuses by the call's status.)"""
 
     REASON_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     reason: Global___Goodbye.Reason.ValueType
     """Why."""
+    code: _errors_pb2.ErrorCode.ValueType
+    """With REASON_REFUSED: the stable code."""
+    detail: _builtins.str
+    """With REASON_REFUSED: the cause in words."""
     def __init__(
         self,
         *,
         reason: Global___Goodbye.Reason.ValueType = ...,
+        code: _errors_pb2.ErrorCode.ValueType = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "detail", b"detail", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,165 @@
+"""Links over gRPC: channel and server settings, both ends of a stream, and how refusals travel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from resbm_pb import stage_pb2
+from resbm_pb.stage_pb2_grpc import StageAsyncStub, StageStub
+
+from stage_server.errors import LinkLost, StageError, refusal
+from stage_server.links import Frame, FrameStream
+
+ERROR_METADATA = "resbm-error"  # trailing metadata key with the stable code of a refusal
+MIN_MESSAGE_LIMIT_BYTES = 4 << 20
+CONNECT_SECONDS = 10.0
+REFUSAL_SECONDS = 2.0
+
+# Home routers forget idle mappings after a minute or so; a ping every 20 s keeps them and notices dead peers. The
+# server must allow what the client does, or it answers with "too_many_pings".
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def channel_options(max_frame_bytes: int) -> list[tuple[str, Any]]:
+    """Options of a client channel whose frames are at most `max_frame_bytes`."""
+    return [
+        *_message_limits(max_frame_bytes),
+        *_KEEPALIVE,
+        ("grpc.enable_retries", 0),
+        # Channels of one process to one address must not share a connection: a redial has to be a new one.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options(max_frame_bytes: int) -> list[tuple[str, Any]]:
+    """Options of a server whose frames are at most `max_frame_bytes`."""
+    return [
+        *_message_limits(max_frame_bytes),
+        *_KEEPALIVE,
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Without this a second server binds the same port silently and gets half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _message_limits(max_frame_bytes: int) -> list[tuple[str, Any]]:
+    limit = max(MIN_MESSAGE_LIMIT_BYTES, 2 * max_frame_bytes)
+    return [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
+
+
+class GrpcDialer:
+    """Reaches "host:port" directly."""
+
+    def __init__(self, max_frame_bytes: int) -> None:
+        self._options = channel_options(max_frame_bytes)
+
+    async def dial(self, endpoint: str) -> FrameStream:
+        channel = grpc.aio.insecure_channel(endpoint, options=self._options)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await channel.channel_ready()
+        except TimeoutError:
+            await channel.close()
+            raise LinkLost(f"nobody answers at {endpoint} within {CONNECT_SECONDS:.0f} s") from None
+        except asyncio.CancelledError:
+            await channel.close()
+            raise
+        return _ClientStream(channel, endpoint)
+
+
+def stub(channel: grpc.aio.Channel) -> StageAsyncStub:
+    """The stage service's stub, typed for asyncio."""
+    return StageStub(channel)
+
+
+class _ClientStream:
+    """The end that dialled."""
+
+    def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        self._channel = channel
+        self._endpoint = endpoint
+        self._call = stub(channel).Link()
+
+    async def send(self, frame: Frame) -> None:
+        try:
+            await self._call.write(frame)  # type: ignore[arg-type]
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._over() from None
+
+    async def receive(self) -> Frame:
+        try:
+            frame = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._over() from None
+        if not isinstance(frame, stage_pb2.DownstreamFrame):  # grpc.aio.EOF
+            raise await self._over()
+        return frame
+
+    async def close(self, reason: Exception | None = None) -> None:
+        if isinstance(reason, StageError) and not isinstance(reason, LinkLost):
+            await self._refuse(reason)
+        self._call.cancel()
+        await self._channel.close()
+
+    async def _refuse(self, reason: StageError) -> None:
+        """The dialling side cannot end a call with a status of its own: it says why in a last frame."""
+        goodbye = stage_pb2.Goodbye(reason=stage_pb2.Goodbye.REASON_REFUSED, code=reason.code, detail=str(reason))
+        try:
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                await self._call.write(stage_pb2.UpstreamFrame(goodbye=goodbye))
+                await self._call.wait_for_connection()
+                await self._call.code()  # the answering side ends the call when it has read the frame
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+
+    async def _over(self) -> StageError:
+        details = await self._call.details() or "no reason given"
+        code = dict((await self._call.trailing_metadata()) or ()).get(ERROR_METADATA)
+        if code is None:
+            return LinkLost(f"the link to {self._endpoint} is over: {details}")
+        return refusal(int(code), str(details))
+
+
+class ServerStream:
+    """The end that answers, within a servicer's Link call. The call itself ends with `finish`."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+        self._reason: Exception | None = None
+
+    async def send(self, frame: Frame) -> None:
+        try:
+            await self._context.write(frame)
+        except (grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError, SystemError) as error:
+            raise LinkLost(f"the upstream link is over: {error}") from None
+
+    async def receive(self) -> Frame:
+        try:
+            frame = await self._context.read()
+        except (grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise LinkLost(f"the upstream link is over: {error}") from None
+        if not isinstance(frame, stage_pb2.UpstreamFrame):  # grpc.aio.EOF
+            raise LinkLost("the upstream peer hung up")
+        return frame
+
+    async def close(self, reason: Exception | None = None) -> None:
+        self._reason = reason
+
+    async def finish(self) -> None:
+        """Tells the caller why, in the words and with the code that it would use itself."""
+        if isinstance(self._reason, StageError):
+            await abort(self._context, self._reason)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StageError) -> None:
+    """Ends a call with a typed refusal."""
+    gone = isinstance(error, LinkLost)
+    status = grpc.StatusCode.UNAVAILABLE if gone else grpc.StatusCode.FAILED_PRECONDITION
+    await context.abort(status, str(error), ((ERROR_METADATA, str(int(error.code))),))

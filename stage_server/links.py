@@ -1,0 +1,313 @@
+"""One link between two neighbouring stages: handshake, pumps, marks. The same on both ends and over any transport.
+
+A `LinkSession` lives as long as one stream. When the stream breaks it ends; the peer opens another one and the
+handshake finds out what is missing. What to send and what to believe is the ledger's business (`LinkHost`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from resbm_pb import stage_pb2
+
+from stage_server.errors import LinkLost, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
+from stage_server.ids import MicrobatchId
+from stage_server.ledger import Forwarded, Returned, Side
+from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
+
+Frame = stage_pb2.UpstreamFrame | stage_pb2.DownstreamFrame
+Outbound = Forwarded | Returned
+GoodbyeReason = stage_pb2.Goodbye.Reason
+
+STATUS_INTERVAL = timedelta(seconds=1)
+SILENCE_LIMIT = timedelta(seconds=20)  # a live neighbour says something every STATUS_INTERVAL
+HANDSHAKE_LIMIT = timedelta(seconds=20)
+MAX_MICROBATCHES_PER_FRAME = 16
+MAX_BYTES_PER_FRAME = 1 << 20  # coalescing stops here; one large microbatch still travels whole
+
+
+class FrameStream(Protocol):
+    """An ordered stream of frames to and from one neighbour. The transport seam: gRPC or memory."""
+
+    async def send(self, frame: Frame) -> None:
+        """Hands over one frame; waits while the transport is full. Raises LinkLost."""
+
+    async def receive(self) -> Frame:
+        """The next frame. Raises LinkLost when the stream is over, or the neighbour's refusal as a StageError."""
+
+    async def close(self, reason: Exception | None = None) -> None:
+        """Ends the stream, telling the neighbour why if there is a reason. May be called twice."""
+
+
+class Dialer(Protocol):
+    """The one way to reach a downstream peer. What is behind an endpoint's text is the dialer's business."""
+
+    async def dial(self, endpoint: str) -> FrameStream:
+        """Opens a stream to the peer. Raises LinkLost when nobody answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkIdentity:
+    """Who one end of a link is."""
+
+    run_id: str
+    stage: int
+    peer_id: str
+
+
+class LinkHost(Protocol):
+    """What a session asks of the peer it belongs to."""
+
+    identity: LinkIdentity
+
+    def holdings(self, side: Side) -> tuple[int, list[MicrobatchId]]:
+        """(committed step, microbatches that need not be sent) for the handshake."""
+
+    def link_opened(
+        self, session: LinkSession, side: Side, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]
+    ) -> list[Outbound]:
+        """The neighbour has said who it is; returns what it lacks. Raises to refuse the link.
+
+        From here on whatever is computed for that neighbour goes through `session`.
+        """
+
+    def link_received(self, side: Side, frame: Frame) -> None:
+        """Latents or gradients came in. Raises FrameError to refuse them and end the link."""
+
+    def link_status(self, side: Side) -> tuple[int, int | None]:
+        """(committed step, durable step) to report."""
+
+    def link_received_status(self, side: Side, committed: int, durable: int | None) -> None:
+        """The neighbour's progress."""
+
+    def link_goodbye(self, side: Side, reason: GoodbyeReason) -> None:
+        """The neighbour leaves on purpose."""
+
+    def count_sent(self, side: Side, num_bytes: int, items: Sequence[Outbound]) -> None:
+        """A frame was handed to the transport."""
+
+    def count_received(self, side: Side, num_bytes: int) -> None:
+        """A frame came from the transport."""
+
+
+class LinkSession:
+    """One stream's life on one end. `side` is the neighbour's place: DOWNSTREAM on the end that dialled."""
+
+    def __init__(self, stream: FrameStream, side: Side, host: LinkHost) -> None:
+        self._stream = stream
+        self._side = side
+        self._host = host
+        self._queue: asyncio.Queue[Outbound | stage_pb2.Goodbye | None] = asyncio.Queue()
+        self._num_sent = 0
+        self._num_received = 0
+        self._statuses_sent = 0
+        self._newest_status = 0
+        self._last_heard = 0.0
+        self._said_goodbye = asyncio.Event()
+        self._superseded = asyncio.Event()
+
+    def send(self, item: Outbound) -> None:
+        """Queues a microbatch for sending."""
+        self._queue.put_nowait(item)
+
+    def report(self) -> None:
+        """Sends the present marks soon, without waiting for the interval."""
+        self._queue.put_nowait(None)
+
+    def supersede(self) -> None:
+        """Ends the session: the neighbour has opened a newer stream."""
+        self._superseded.set()
+
+    async def say_goodbye(self, reason: GoodbyeReason, within: timedelta) -> None:
+        """Tells the neighbour that this end leaves, after everything queued before; gives up after `within`."""
+        self._queue.put_nowait(stage_pb2.Goodbye(reason=reason))
+        try:
+            async with asyncio.timeout(within.total_seconds()):
+                await self._said_goodbye.wait()
+        except TimeoutError:
+            return
+
+    async def run(self) -> None:
+        """Runs until the stream ends. Raises LinkLost or the StageError that ended it; the stream is closed then."""
+        reason: Exception | None = None
+        try:
+            async with asyncio.timeout(HANDSHAKE_LIMIT.total_seconds()):
+                await self._handshake()
+            await self._pump()
+        except TimeoutError:
+            reason = LinkLost(f"the {self._side} neighbour did not finish its handshake")
+        except ExceptionGroup as group:
+            reason = _first_of(group)
+        except Exception as error:  # noqa: BLE001: told to the neighbour below, then raised
+            reason = error
+        finally:
+            await self._stream.close(reason)
+        if reason is not None:
+            raise reason
+
+    # -- handshake ----------------------------------------------------------------------------------------------
+
+    async def _handshake(self) -> None:
+        """The end that dialled speaks first, so that a wrong caller is refused before anything is said."""
+        if self._side is Side.DOWNSTREAM:
+            await self._send_frame(open=self._open())
+        peer = await self._stream.receive()
+        if peer.WhichOneof("body") != "open":
+            raise ProtocolViolation(f"the first frame of a link is Open, not {peer.WhichOneof('body')}")
+        identity = self._check_open(peer.open)
+        held = decode_held(peer.open.held)
+        for item in self._host.link_opened(self, self._side, identity, peer.open.committed_step, held):
+            self.send(item)
+        self._host.count_received(self._side, peer.ByteSize())
+        if self._side is Side.UPSTREAM:
+            await self._send_frame(open=self._open())
+
+    def _open(self) -> stage_pb2.Open:
+        identity = self._host.identity
+        committed, held = self._host.holdings(self._side)
+        return stage_pb2.Open(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=identity.run_id,
+            stage=identity.stage,
+            peer_id=identity.peer_id,
+            committed_step=committed,
+            held=encode_held(held),
+        )
+
+    def _check_open(self, peer: stage_pb2.Open) -> LinkIdentity:
+        own = self._host.identity
+        if peer.protocol_version != PROTOCOL_VERSION:
+            raise WrongVersion(f"the {self._side} peer speaks protocol {peer.protocol_version}, not {PROTOCOL_VERSION}")
+        if peer.run_id != own.run_id:
+            raise WrongRun(f"the {self._side} peer serves run {peer.run_id!r}, not {own.run_id!r}")
+        expected = own.stage + (1 if self._side is Side.DOWNSTREAM else -1)
+        if peer.stage != expected:
+            raise WrongStage(f"the {self._side} peer serves stage {peer.stage}, not {expected}")
+        return LinkIdentity(peer.run_id, peer.stage, peer.peer_id)
+
+    # -- pumps --------------------------------------------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send_queued())
+            tasks.create_task(self._receive())
+            tasks.create_task(self._watch())
+
+    async def _send_queued(self) -> None:
+        while True:
+            item = await self._queue.get()
+            items: list[Outbound] = []
+            report = False
+            goodbye: stage_pb2.Goodbye | None = None
+            size = 0
+            while True:
+                if isinstance(item, stage_pb2.Goodbye):
+                    goodbye = item
+                elif item is None:
+                    report = True
+                else:
+                    items.append(item)
+                    size += item.body.ByteSize()
+                full = len(items) >= MAX_MICROBATCHES_PER_FRAME or size >= MAX_BYTES_PER_FRAME
+                if goodbye or report or full or self._queue.empty():
+                    break
+                item = self._queue.get_nowait()
+            await self._send_items(items)
+            if report:
+                await self._send_status()
+            if goodbye:
+                await self._send_frame(goodbye=goodbye)
+                self._said_goodbye.set()
+
+    async def _send_items(self, items: list[Outbound]) -> None:
+        if not items:
+            return
+        bodies = [item.body for item in items]
+        if self._side is Side.DOWNSTREAM:
+            frame: Frame = stage_pb2.UpstreamFrame(latents=stage_pb2.LatentsFrame(microbatches=bodies))
+        else:
+            frame = stage_pb2.DownstreamFrame(gradients=stage_pb2.GradientsFrame(microbatches=bodies))
+        self._num_sent += len(items)
+        await self._stream.send(frame)
+        self._host.count_sent(self._side, frame.ByteSize(), items)
+
+    async def _send_status(self) -> None:
+        committed, durable = self._host.link_status(self._side)
+        self._statuses_sent += 1
+        status = stage_pb2.LinkStatus(
+            microbatches_sent=self._num_sent,
+            committed_step=committed,
+            durable_step=durable,
+            sequence=self._statuses_sent,
+        )
+        await self._send_frame(status=status)
+
+    async def _send_frame(
+        self,
+        *,
+        open: stage_pb2.Open | None = None,
+        status: stage_pb2.LinkStatus | None = None,
+        goodbye: stage_pb2.Goodbye | None = None,
+    ) -> None:
+        kind = stage_pb2.UpstreamFrame if self._side is Side.DOWNSTREAM else stage_pb2.DownstreamFrame
+        frame = kind(open=open, status=status, goodbye=goodbye)
+        await self._stream.send(frame)
+        self._host.count_sent(self._side, frame.ByteSize(), ())
+
+    async def _receive(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_heard = loop.time()
+        while True:
+            frame = await self._stream.receive()
+            self._last_heard = loop.time()
+            self._host.count_received(self._side, frame.ByteSize())
+            self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        body = frame.WhichOneof("body")
+        if body == "status":
+            self._take_status(frame.status)
+        elif body in ("latents", "gradients"):
+            data = frame.latents if isinstance(frame, stage_pb2.UpstreamFrame) else frame.gradients
+            self._num_received += len(data.microbatches)
+            self._host.link_received(self._side, frame)
+        elif body == "goodbye":
+            if frame.goodbye.reason == stage_pb2.Goodbye.REASON_REFUSED:
+                raise refusal(frame.goodbye.code, frame.goodbye.detail)
+            self._host.link_goodbye(self._side, frame.goodbye.reason)
+        else:
+            raise ProtocolViolation(f"a frame with {body or 'nothing'} in it where the link is open already")
+
+    def _take_status(self, status: stage_pb2.LinkStatus) -> None:
+        if status.microbatches_sent > self._num_received:
+            missing = status.microbatches_sent - self._num_received
+            raise LinkLost(f"{missing} microbatches from {self._side} were lost on the way")
+        if status.sequence <= self._newest_status:
+            return
+        self._newest_status = status.sequence
+        durable = status.durable_step if status.HasField("durable_step") else None
+        self._host.link_received_status(self._side, status.committed_step, durable)
+
+    async def _watch(self) -> None:
+        """Says something every STATUS_INTERVAL, and gives up on a neighbour that says nothing for SILENCE_LIMIT."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self.report()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._superseded.wait(), STATUS_INTERVAL.total_seconds())
+                raise LinkLost(f"the {self._side} neighbour has opened a newer link")
+            if loop.time() - self._last_heard > SILENCE_LIMIT.total_seconds():
+                raise LinkLost(f"the {self._side} neighbour has been silent for {SILENCE_LIMIT.total_seconds():.0f} s")
+
+
+def _first_of(group: ExceptionGroup[Exception]) -> Exception:
+    """The one error that ended a session; a refusal says more than the broken stream it causes."""
+    leaves: list[Exception] = []
+    for error in group.exceptions:
+        leaves.append(_first_of(error) if isinstance(error, ExceptionGroup) else error)
+    return next((error for error in leaves if not isinstance(error, LinkLost)), leaves[0])

@@ -1,0 +1,440 @@
+"""One peer: the ledger, the trainer and the links to both neighbours, joined.
+
+Two threads matter. The event loop owns the ledger and the links; the device thread owns the accelerator and runs one
+task at a time, which the loop takes from the ledger whenever the device is free. While the device computes, the loop
+sends, receives, checks and answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from resbm_pb import stage_pb2
+
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded
+from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
+from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side, StageLedger, Task
+from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession, Outbound
+from stage_server.reports import (
+    CheckpointReport,
+    CompleteReport,
+    EvaluationReport,
+    LinkBytes,
+    LinkReport,
+    Report,
+    StepReport,
+)
+from stage_server.trainer import StageTrainer
+from stage_server.window import CreditWindow
+from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
+
+REDIAL_FIRST = timedelta(milliseconds=50)
+REDIAL_LONGEST = timedelta(seconds=2)
+GOODBYE_LIMIT = timedelta(seconds=2)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since the process started; seconds and bytes only grow."""
+
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    dense_bytes: int = 0
+    sent_bytes: dict[Side, int] = field(default_factory=lambda: dict.fromkeys(Side, 0))
+    received_bytes: dict[Side, int] = field(default_factory=lambda: dict.fromkeys(Side, 0))
+    frames_refused: int = 0
+    microbatches: int = 0
+
+    def link(self) -> LinkBytes:
+        """Traffic with the next stage so far."""
+        return LinkBytes(self.dense_bytes, self.sent_bytes[Side.DOWNSTREAM], self.received_bytes[Side.DOWNSTREAM])
+
+
+class StagePeer:
+    """Serves one stage until the run is complete or it is told to drain. Implements LinkHost."""
+
+    def __init__(
+        self,
+        *,
+        identity: LinkIdentity,
+        ledger: StageLedger,
+        trainer: StageTrainer,
+        wire: WireFormat,
+        checkpoints: CheckpointStore,
+        source: Callable[[MicrobatchId], TokenIds] | None,
+        dialer: Dialer,
+        report: Callable[[Report], None],
+    ) -> None:
+        """`source` gives the first stage its token ids [B, T+1]; None on every other stage."""
+        self.identity = identity
+        self.ledger = ledger
+        self.totals = Totals()
+        self._trainer = trainer
+        self._wire = wire
+        self._checkpoints = checkpoints
+        self._source = source
+        self._dialer = dialer
+        self._report = report
+        self._window = CreditWindow(ledger.num_stages)
+        self._sessions: dict[Side, LinkSession] = {}
+        self._next_hop: str | None = None
+        self._next_hop_known = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._clock = _StepClock(self.totals)
+        self._sent_at: dict[MicrobatchId, float] = {}
+        self._last_back: float | None = None
+        self._reported_complete = False
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Works until drained. Raises RewindNeeded, StateLost, CheckpointUnwritable or NotFinite when it cannot go on."""
+        background = [asyncio.create_task(self._fail_when_told())]
+        if not self.ledger.is_last:
+            background.append(asyncio.create_task(self._keep_downstream()))
+        work = asyncio.create_task(self._work())
+        try:
+            await asyncio.wait({work, *background}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (work, *background):
+                if task.done():
+                    task.result()  # raises what ended it
+            await self._leave()
+        finally:
+            for task in (work, *background):
+                task.cancel()
+            await asyncio.gather(work, *background, return_exceptions=True)
+
+    def drain(self) -> None:
+        """Finish the task at hand, save, say goodbye; `run` returns then."""
+        self._draining = True
+        self._wake.set()
+
+    def set_next_hop(self, endpoint: str) -> None:
+        """Where the downstream peer is to be dialled from now on."""
+        self._next_hop = endpoint
+        self._next_hop_known.set()
+
+    @property
+    def links_open(self) -> dict[Side, bool]:
+        return {side: side in self._sessions for side in Side}
+
+    async def _fail_when_told(self) -> None:
+        await self._failure
+
+    async def _leave(self) -> None:
+        complete = self.ledger.complete
+        reason = stage_pb2.Goodbye.REASON_RUN_COMPLETE if complete else stage_pb2.Goodbye.REASON_DRAINING
+        sessions = list(self._sessions.values())
+        await asyncio.gather(*(session.say_goodbye(reason, GOODBYE_LIMIT) for session in sessions))
+
+    # -- device -------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device") as device:
+            while not self._draining:
+                self._wake.clear()
+                task = self.ledger.next_task()
+                if task is None:
+                    await self._wait()
+                else:
+                    await self._perform(device, task)
+            if self.ledger.unsaved:
+                await self._perform(device, Checkpoint(StepIndex(self.ledger.committed)))
+
+    async def _wait(self) -> None:
+        if self.ledger.complete and not self._reported_complete:
+            self._reported_complete = True
+            self._report(CompleteReport(StepIndex(self.ledger.committed)))
+        with self._clock.waiting():
+            await self._wake.wait()
+
+    async def _perform(self, device: ThreadPoolExecutor, task: Task) -> None:
+        loop = asyncio.get_running_loop()
+        with self._clock.computing():
+            outcome = await loop.run_in_executor(device, partial(self._compute, task))
+        for item in self._enter(task, outcome):
+            self._send(item)
+
+    def _compute(self, task: Task) -> Any:
+        """On the device thread."""
+        match task:
+            case Forward(name, payload):
+                return self._compute_forward(name, payload)
+            case Backward(name, payload):
+                upstream = self._trainer.backward(name, payload.gradients)
+                return None if upstream is None else self._wire.encode_gradients(name, payload.loss, upstream)
+            case Commit(step):
+                return self._trainer.commit(step)
+            case Checkpoint(step):
+                started = time.monotonic()
+                size = self._checkpoints.save(step, self._trainer.state_tensors())
+                return CheckpointReport(step, timedelta(seconds=time.monotonic() - started), size)
+
+    def _compute_forward(self, name: MicrobatchId, payload: LatentMicrobatch | None) -> Any:
+        if payload is None:
+            token_ids = self._read(name)
+            packed_ids, latents = self._wire.encode_token_ids(token_ids), None
+        else:
+            token_ids, packed_ids, latents = payload.token_ids, payload.packed_token_ids, payload.latents
+        train = name.kind is MicrobatchKind.TRAIN
+        if not self.ledger.is_last:
+            step = self._trainer.forward if train else self._trainer.evaluate
+            return self._wire.encode_latents(name, packed_ids, step(name, token_ids, latents))
+        if not train:
+            loss = self._trainer.evaluate(name, token_ids, latents)
+            return loss, self._wire.encode_gradients(name, loss, None)
+        loss, gradients = self._trainer.forward_backward(name, token_ids, latents)
+        return loss, None if gradients is None else self._wire.encode_gradients(name, loss, gradients)
+
+    def _read(self, name: MicrobatchId) -> TokenIds:
+        if self._source is None:
+            raise ProtocolViolation(f"stage {self.identity.stage} has no data of its own, yet {name} came without any")
+        return self._source(name)
+
+    # -- outcomes -----------------------------------------------------------------------------------------------
+
+    def _enter(self, task: Task, outcome: Any) -> list[Outbound]:
+        """Writes what was computed into the ledger; returns what goes out."""
+        match task:
+            case Forward(name, _) if self.ledger.is_last:
+                loss, body = outcome
+                return self._enter_finished(name, loss, body)
+            case Forward(name, _):
+                self.totals.dense_bytes += self._wire.dense_bytes
+                self._sent_at[name] = time.monotonic()
+                return self._note_evaluation(name, self.ledger.forwarded(name, outcome))
+            case Backward(name, payload):
+                self.totals.dense_bytes += self._wire.dense_bytes
+                self._note_round_trip(name)
+                return self._enter_finished(name, payload.loss, outcome)
+            case Commit(step):
+                self._enter_commit(step, outcome)
+            case Checkpoint(step):
+                self.ledger.checkpointed(step)
+                self._after_new_floor()
+                self._report(outcome)
+                self._report_to_neighbours()
+        return []
+
+    def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Outbound]:
+        if name.kind is MicrobatchKind.TRAIN:
+            self.totals.microbatches += 1
+        return self._note_evaluation(name, self.ledger.finished(name, loss, body))
+
+    def _enter_commit(self, step: StepIndex, outcome: Any) -> None:
+        losses = self.ledger.losses(MicrobatchKind.TRAIN)
+        self.ledger.committed_step(step)
+        self._last_back = None
+        self._report_to_neighbours()
+        wall, compute, wait, link = self._clock.lap()
+        plan = self.ledger.plan
+        self._report(
+            StepReport(
+                step=step,
+                loss=sum(losses) / len(losses),
+                num_tokens=plan.microbatches_per_step * self._wire.batch * self._wire.tokens,
+                num_microbatches=plan.microbatches_per_step,
+                wall=wall,
+                compute=compute,
+                wait=wait,
+                gradient_norm=outcome.gradient_norm,
+                link=None if self.ledger.is_last else link,
+            )
+        )
+
+    def _note_evaluation(self, name: MicrobatchId, outbound: list[Outbound]) -> list[Outbound]:
+        """Reports the validation loss once the last evaluation microbatch of a step is done."""
+        if name.kind is MicrobatchKind.EVALUATE:
+            losses = self.ledger.losses(MicrobatchKind.EVALUATE)
+            if len(losses) == self.ledger.plan.evaluation_microbatches:
+                self._report(EvaluationReport(self.ledger.committed, sum(losses) / len(losses)))
+        return outbound
+
+    def _note_round_trip(self, name: MicrobatchId) -> None:
+        sent_at = self._sent_at.pop(name, None)
+        if not self.ledger.is_first or sent_at is None:
+            return
+        now = time.monotonic()
+        since_last = None if self._last_back is None else timedelta(seconds=now - self._last_back)
+        self._last_back = now
+        self._window.completed(timedelta(seconds=now - sent_at), since_last)
+        self.ledger.window = self._window.size
+
+    def _send(self, item: Outbound) -> None:
+        side = Side.DOWNSTREAM if isinstance(item, Forwarded) else Side.UPSTREAM
+        session = self._sessions.get(side)
+        if session and self.ledger.wants(side, item.name):
+            session.send(item)
+
+    def _report_to_neighbours(self) -> None:
+        for session in self._sessions.values():
+            session.report()
+
+    def _after_new_floor(self) -> None:
+        floor = self.ledger.floor
+        if floor is not None:
+            self._checkpoints.prune(floor)
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    async def serve_link(self, stream: FrameStream) -> None:
+        """Runs the link that the upstream peer has opened, until it ends."""
+        try:
+            await self._run_session(stream, Side.UPSTREAM)
+        except RewindNeeded as error:
+            if not self._failure.done():
+                self._failure.set_exception(error)
+        except (LinkLost, FrameError):
+            return  # reported by _run_session; the upstream peer dials again
+
+    async def _keep_downstream(self) -> None:
+        pause = REDIAL_FIRST
+        while True:
+            await self._next_hop_known.wait()
+            if self._next_hop is None:
+                raise ProtocolViolation("a next hop was announced without an address")
+            try:
+                stream = await self._dialer.dial(self._next_hop)
+                opened_at = time.monotonic()
+                try:
+                    await self._run_session(stream, Side.DOWNSTREAM)
+                finally:
+                    if time.monotonic() - opened_at > REDIAL_LONGEST.total_seconds():
+                        pause = REDIAL_FIRST
+            except (LinkLost, FrameError):
+                await asyncio.sleep(pause.total_seconds() * random.uniform(0.7, 1.3))
+                pause = min(2 * pause, REDIAL_LONGEST)
+
+    async def _run_session(self, stream: FrameStream, side: Side) -> None:
+        session = LinkSession(stream, side, self)
+        detail = "closed"
+        try:
+            await session.run()
+        except FrameError as error:
+            self.totals.frames_refused += 1
+            detail = str(error)
+            raise
+        except LinkLost as error:
+            detail = error.cause
+            raise
+        finally:
+            if self._sessions.get(side) is session:
+                del self._sessions[side]
+                self._report(LinkReport(side, open=False, detail=detail))
+
+    # -- LinkHost -----------------------------------------------------------------------------------------------
+
+    def holdings(self, side: Side) -> tuple[int, list[MicrobatchId]]:
+        return self.ledger.committed, self.ledger.holdings(side)
+
+    def link_opened(
+        self, session: LinkSession, side: Side, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]
+    ) -> list[Outbound]:
+        backlog = self.ledger.opened(side, committed, held)
+        before = self._sessions.get(side)
+        self._sessions[side] = session
+        if before is not None:
+            before.supersede()
+        self._report(LinkReport(side, open=True, detail=f"{peer.peer_id}, {len(backlog)} microbatches to send again"))
+        self._wake.set()
+        return backlog
+
+    def link_received(self, side: Side, frame: Frame) -> None:
+        if isinstance(frame, stage_pb2.UpstreamFrame):
+            self._check_direction(side, Side.UPSTREAM)
+            latents = [self._wire.decode_latents(message) for message in frame.latents.microbatches]
+            answers = [item for m in latents for item in self.ledger.receive_latents(m.name, m)]
+        else:
+            self._check_direction(side, Side.DOWNSTREAM)
+            messages = frame.gradients.microbatches
+            answers = [item for message in messages for item in self._receive_gradients(message)]
+        for item in answers:
+            self._send(item)
+        self._wake.set()
+
+    def _receive_gradients(self, message: stage_pb2.Gradients) -> list[Outbound]:
+        m = self._wire.decode_gradients(message)
+        # An evaluation's result is relayed as it came; a gradient is for the trainer.
+        payload: GradientMicrobatch | stage_pb2.Gradients = m if m.name.kind is MicrobatchKind.TRAIN else message
+        return self._note_evaluation(m.name, self.ledger.receive_gradients(m.name, m.loss, payload))
+
+    @staticmethod
+    def _check_direction(side: Side, expected: Side) -> None:
+        if side is not expected:
+            raise ProtocolViolation(f"the {side} neighbour sent a frame that only the {expected} one sends")
+
+    def link_status(self, side: Side) -> tuple[int, int | None]:
+        return self.ledger.status(side)
+
+    def link_received_status(self, side: Side, committed: int, durable: int | None) -> None:
+        changed = self.ledger.receive_status(side, committed, durable)
+        self._after_new_floor()
+        other = self._sessions.get(Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM)
+        if changed and other is not None:
+            other.report()
+        self._wake.set()
+
+    def link_goodbye(self, side: Side, reason: GoodbyeReason) -> None:
+        self._report(LinkReport(side, open=True, detail=f"leaves: {stage_pb2.Goodbye.Reason.Name(reason)}"))
+
+    def count_sent(self, side: Side, num_bytes: int, items: Sequence[Outbound]) -> None:
+        self.totals.sent_bytes[side] += num_bytes
+
+    def count_received(self, side: Side, num_bytes: int) -> None:
+        self.totals.received_bytes[side] += num_bytes
+
+
+class _StepClock:
+    """Splits wall time into computing and waiting, and cuts it at commits."""
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._lap_started = time.monotonic()
+        self._before = (0.0, 0.0, totals.link())
+
+    def computing(self) -> _Span:
+        return _Span(self._totals, "compute_seconds")
+
+    def waiting(self) -> _Span:
+        return _Span(self._totals, "wait_seconds")
+
+    def lap(self) -> tuple[timedelta, timedelta, timedelta, LinkBytes]:
+        """(wall, compute, wait, link traffic) since the lap before."""
+        now, totals, link = time.monotonic(), self._totals, self._totals.link()
+        compute, wait, before = self._before
+        self._before = (totals.compute_seconds, totals.wait_seconds, link)
+        wall = timedelta(seconds=now - self._lap_started)
+        self._lap_started = now
+        traffic = LinkBytes(
+            link.dense_bytes - before.dense_bytes,
+            link.wire_bytes_forward - before.wire_bytes_forward,
+            link.wire_bytes_backward - before.wire_bytes_backward,
+        )
+        seconds = timedelta(seconds=totals.compute_seconds - compute), timedelta(seconds=totals.wait_seconds - wait)
+        return wall, *seconds, traffic
+
+
+class _Span:
+    """Adds the time between enter and exit to one counter."""
+
+    def __init__(self, totals: Totals, counter: str) -> None:
+        self._totals = totals
+        self._counter = counter
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.monotonic() - self._started
+        setattr(self._totals, self._counter, getattr(self._totals, self._counter) + elapsed)

@@ -1,0 +1,120 @@
+"""The gRPC server around one stage: Describe, Link, state, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from resbm_pb import stage_pb2
+from resbm_pb.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
+
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import CheckpointInvalid, PortTaken, StageError, WrongRun
+from stage_server.grpc_links import ServerStream, abort, server_options
+from stage_server.links import FrameStream
+
+CHUNK_BYTES = 1 << 20
+SERVICE = "resbm.v1.Stage"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class StageService(StageServicer):
+    """Translates calls; decides nothing."""
+
+    def __init__(
+        self,
+        run_id: str,
+        describe: Callable[[], stage_pb2.DescribeReply],
+        serve_link: Callable[[FrameStream], Awaitable[None]],
+        checkpoints: CheckpointStore,
+    ) -> None:
+        self._run_id = run_id
+        self._describe = describe
+        self._serve_link = serve_link
+        self._checkpoints = checkpoints
+
+    async def Describe(self, request: stage_pb2.DescribeRequest, context: Context) -> stage_pb2.DescribeReply:
+        return self._describe()
+
+    async def Link(self, request_iterator: AsyncIterator[stage_pb2.UpstreamFrame], context: Context) -> None:  # type: ignore[override]
+        stream = ServerStream(context)
+        await self._serve_link(stream)
+        await stream.finish()
+
+    async def ListState(
+        self, request: stage_pb2.ListStateRequest, context: Context
+    ) -> stage_pb2.ListStateReply:
+        newest = request.step if request.HasField("step") else None
+        try:
+            self._check_run(request.run_id)
+            step, files = await asyncio.to_thread(self._list, newest)
+        except StageError as error:
+            await abort(context, error)
+            raise
+        entries = (stage_pb2.StateFile(name=n, size_bytes=size, sha256=digest) for n, size, digest in files)
+        return stage_pb2.ListStateReply(step=step, files=entries)
+
+    async def FetchState(  # type: ignore[override]
+        self, request: stage_pb2.FetchStateRequest, context: Context
+    ) -> AsyncIterator[stage_pb2.StateChunk]:
+        try:
+            self._check_run(request.run_id)
+            file = self._checkpoints.open_file(request.step, request.name)
+        except StageError as error:
+            await abort(context, error)
+            raise
+        with file:
+            file.seek(request.offset_bytes)
+            offset = request.offset_bytes
+            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield stage_pb2.StateChunk(offset_bytes=offset, data=data)
+                offset += len(data)
+
+    def _check_run(self, run_id: str) -> None:
+        if run_id != self._run_id:
+            raise WrongRun(f"this peer serves run {self._run_id!r}, not {run_id!r}")
+
+    def _list(self, newest: int | None) -> tuple[int, list[tuple[str, int, bytes]]]:
+        steps = [step for step in self._checkpoints.steps() if newest is None or step <= newest]
+        if not steps:
+            raise CheckpointInvalid("this peer has no checkpoint" + ("" if newest is None else f" up to step {newest}"))
+        return steps[-1], self._checkpoints.files(steps[-1])
+
+
+class StageServer:
+    """The listening server. `start` returns the port; `stop` ends every call."""
+
+    def __init__(self, service: StageService, max_frame_bytes: int) -> None:
+        self._server = grpc.aio.server(options=server_options(max_frame_bytes))
+        self._health = health.aio.HealthServicer()
+        add_StageServicer_to_server(service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens on host:port (0: any free one) and returns the port. Raises PortTaken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise PortTaken(f"cannot listen on {host}:{port}") from error
+        if bound == 0:
+            raise PortTaken(f"cannot listen on {host}:{port}")
+        await self._server.start()
+        await self.set_serving(True)
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the standard health service answers."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(SERVICE, status)
+        await self._health.set("", status)
+
+    async def stop(self, grace_seconds: float = 0.5) -> None:
+        await self.set_serving(False)
+        await self._server.stop(grace_seconds)
