@@ -1,0 +1,250 @@
+"""A checkpoint is complete or absent, is what was saved, and is never someone else's."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import CheckpointInvalid, CheckpointUnwritable
+
+RUN = "0123456789abcdef"
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "parameter.b": torch.randn(7, 5, generator=generator),
+        "parameter.a": torch.randn(64, 64, generator=generator),
+        "optimizer.adamw.b.step": torch.tensor(3.0),
+        "optimizer.adamw.b.exp_avg": torch.randn(7, 5, generator=generator).t(),
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "state", RUN, 2, shard_bytes=1024)
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_what_is_loaded_is_what_was_saved(store: CheckpointStore) -> None:
+    size_bytes = store.save(4, tensors())
+    assert store.steps() == [4]
+    assert same(store.load(4), tensors())
+    assert size_bytes == sum(file.size_bytes for file in store.files(4)[:-1])
+
+
+def test_shards_are_bounded_except_for_a_larger_tensor(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    header_bytes = 1024
+    sizes = [file.size_bytes for file in store.files(1)[:-1]]
+    assert [size > 1024 + header_bytes for size in sizes] == [False, True, False]  # in the middle parameter.a, 16 KiB
+
+
+def test_listed_files_can_be_read_and_match_their_hashes(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    for name, size_bytes, sha256 in store.files(1):
+        with store.open_file(1, name) as file:
+            data = file.read()
+        assert len(data) == size_bytes
+        assert hashlib.sha256(data).digest() == sha256
+    assert store.files(1)[-1].name == "manifest.json"
+
+
+def test_a_copy_of_the_listed_files_is_a_checkpoint(store: CheckpointStore, tmp_path: Path) -> None:
+    store.save(1, tensors())
+    copy = CheckpointStore(tmp_path / "copy", RUN, 2)
+    (tmp_path / "copy" / "step-00000001").mkdir()
+    for name, _, _ in store.files(1):
+        with store.open_file(1, name) as file:
+            (tmp_path / "copy" / "step-00000001" / name).write_bytes(file.read())
+    assert same(copy.load(1), tensors())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../step-00000002/manifest.json", "/etc/passwd", "", ".", "state-00009.safetensors", "manifest.json\0", "a/b"],
+)
+def test_only_listed_names_are_opened(store: CheckpointStore, name: str) -> None:
+    store.save(1, tensors())
+    store.save(2, tensors())
+    with pytest.raises(CheckpointInvalid):
+        store.open_file(1, name)
+
+
+def test_a_manifest_that_names_other_folders_is_refused(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    path = store.folder / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["name"] = "../../secret"
+    path.write_text(json.dumps(manifest))
+    assert store.steps() == []
+    with pytest.raises(CheckpointInvalid):
+        store.files(1)
+
+
+def test_a_file_that_is_a_link_is_not_followed(store: CheckpointStore, tmp_path: Path) -> None:
+    store.save(1, tensors())
+    path = store.folder / "step-00000001" / "state-00000.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointInvalid):
+        store.open_file(1, path.name)
+
+
+def test_one_flipped_bit_is_found(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    path = store.folder / "step-00000001" / "state-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointInvalid, match="hash"):
+        store.load(1)
+
+
+@pytest.mark.parametrize("victim", ["manifest.json", "state-00000.safetensors"])
+def test_an_incomplete_folder_is_no_checkpoint(store: CheckpointStore, victim: str) -> None:
+    store.save(1, tensors())
+    store.save(2, tensors())
+    (store.folder / "step-00000002" / victim).unlink()
+    assert store.steps() == [1]
+    with pytest.raises(CheckpointInvalid):
+        store.load(2)
+
+
+def test_a_truncated_file_is_no_checkpoint(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    path = store.folder / "step-00000001" / "state-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.steps() == []
+
+
+def test_another_run_or_stage_is_refused(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    with pytest.raises(CheckpointInvalid, match="run"):
+        CheckpointStore(store.folder, "fedcba9876543210", 2).load(1)
+    with pytest.raises(CheckpointInvalid, match="stage"):
+        CheckpointStore(store.folder, RUN, 1).load(1)
+    (store.folder / "step-00000001").rename(store.folder / "step-00000009")
+    with pytest.raises(CheckpointInvalid, match="step 1"):
+        store.load(9)
+
+
+def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
+    store.save(1, tensors(0))
+    store.save(1, tensors(1))
+    assert same(store.load(1), tensors(1))
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+
+
+def test_discard_after_removes_only_later_steps(store: CheckpointStore) -> None:
+    for step in (0, 5, 10, 15):
+        store.save(step, tensors())
+    store.discard_after(5)
+    assert store.steps() == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("keep_from", "kept"), [(0, [2, 4, 6]), (2, [2, 4, 6]), (3, [2, 4, 6]), (4, [4, 6]), (5, [4, 6]), (99, [6])]
+)
+def test_prune_keeps_what_may_be_needed(store: CheckpointStore, keep_from: int, kept: list[int]) -> None:
+    for step in (2, 4, 6):
+        store.save(step, tensors())
+    store.prune(keep_from)
+    assert store.steps() == kept
+
+
+@contextmanager
+def files_no_larger_than(size_bytes: int) -> Iterator[None]:
+    """Writes beyond it fail as on a full disk, without needing one (Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size_bytes", [10, 300, 9000])
+def test_a_disk_that_refuses_leaves_nothing_half_written(store: CheckpointStore, size_bytes: int) -> None:
+    store.save(1, tensors())
+    before = sorted(store.folder.rglob("*"))
+    with files_no_larger_than(size_bytes), pytest.raises(CheckpointUnwritable) as refusal:
+        store.save(2, tensors())
+    assert refusal.value.code == 402
+    assert sorted(store.folder.rglob("*")) == before
+    assert same(store.load(1), tensors())
+
+
+def test_a_full_disk_at_the_last_moment_leaves_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(1, tensors(0))
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CheckpointUnwritable, match="No space left"):
+            store.save(2, tensors(1))
+    assert store.steps() == [1]
+    assert len(list(store.folder.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointUnwritable):
+        CheckpointStore(tmp_path / "file" / "state", RUN, 0)
+
+
+def test_a_writer_killed_midway_leaves_no_checkpoint_and_is_cleaned_up_after(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    CheckpointStore(folder, RUN, 0).save(1, tensors())
+    program = textwrap.dedent(f"""
+        import os, signal, torch
+        from pathlib import Path
+        from stage_server import checkpoint
+        def die(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        store = checkpoint.CheckpointStore(Path({str(folder)!r}), {RUN!r}, 0)
+        checkpoint._write_durably = lambda path, data: die(path)
+        store.save(2, {{"parameter.a": torch.ones(3)}})
+    """)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    died = subprocess.run([sys.executable, "-c", program], check=False, env=environment, timeout=60)
+    assert died.returncode == -signal.SIGKILL
+    assert any(path.name.startswith(".writing-") for path in folder.iterdir())
+    store = CheckpointStore(folder, RUN, 0)
+    assert store.steps() == [1]
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+
+
+def test_a_living_writer_is_left_alone(store: CheckpointStore) -> None:
+    busy = store.folder / ".writing-busy"
+    busy.mkdir()
+    descriptor = os.open(busy, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        CheckpointStore(store.folder, RUN, 2)
+        assert busy.exists()
+    finally:
+        os.close(descriptor)
+    CheckpointStore(store.folder, RUN, 2)
+    assert not busy.exists()
