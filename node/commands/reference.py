@@ -157,7 +157,7 @@ class TerminalOutput:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._config = config
-        self._console: Console = Console(highlight=False)
+        self._console: Console = Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -166,6 +166,7 @@ class TerminalOutput:
             TextColumn("left"),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
 
     @contextmanager
