@@ -42,7 +42,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     for command in (demo, init, coordinator, join, status, reference, doctor):
-        app.command(command.__name__)(_guarded(command))
+        app.command(command.__name__)(guarded(command))
     return app
 
 
@@ -77,7 +77,7 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its refusals told in two lines and Ctrl+C in none."""
 
     @functools.wraps(command)
@@ -87,12 +87,20 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
-            if not isinstance(error, CodedError):
-                raise
-            tell(error, as_json="--json" in sys.argv)
+            refusal = _refusal(error)
+            if refusal is None:
+                raise  # a fault of ours: its traceback is what helps
+            tell(refusal, as_json="--json" in sys.argv)
             raise typer.Exit(EXIT_REFUSED) from None
 
     return run
+
+
+def _refusal(error: BaseException) -> CodedError | None:
+    """The refusal that `error` is, or that it holds alone, as a task group's error does."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, CodedError) else None
 
 
 def tell(error: CodedError, *, as_json: bool) -> None:
