@@ -33,7 +33,8 @@ from coordinator.validator import SignedRecordValidator
 
 START_TIMEOUT = timedelta(seconds=60)
 REQUEST_TIMEOUT = timedelta(seconds=15)
-STOP_TIMEOUT = timedelta(seconds=5)
+STOP_TIMEOUT = timedelta(seconds=3)
+KILL_TIMEOUT = timedelta(seconds=1)
 _KEY_FILE = "dht_identity.key"
 
 Found = dict[str, dict[str, bytes]]
@@ -90,10 +91,10 @@ class _DhtProcess(DHT):  # type: ignore[misc]  # hivemind has no types
         """Asks, then forces. Nothing of the process is left afterwards."""
         with contextlib.suppress(OSError):  # a broken pipe: it is gone already
             self.shutdown()
-        self.join(STOP_TIMEOUT.total_seconds())
+        self.join(KILL_TIMEOUT.total_seconds())
         if self.is_alive():
             self.kill()
-            self.join(STOP_TIMEOUT.total_seconds())
+            self.join(KILL_TIMEOUT.total_seconds())
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -246,8 +247,10 @@ def _start_process(key_file: Path, listen: Listen, bootstrap: Sequence[str], tim
     )
     try:
         dht.launch(timeout)
-    except Exception as error:
+    except BaseException as error:  # Ctrl+C too must not leave the process behind
         dht.stop()
+        if not isinstance(error, Exception):
+            raise
         raise _start_error(error, listen, bootstrap) from error
     return dht
 
