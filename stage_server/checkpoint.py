@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import BinaryIO, Final, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -34,14 +34,6 @@ SHARD_BYTES: Final = 64 * 2**20
 _MANIFEST: Final = "manifest.json"
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
 _TEMPORARY: Final = ".writing-"
-
-
-class CheckpointFile(NamedTuple):
-    """One file of a checkpoint."""
-
-    name: str
-    size_bytes: int
-    sha256: bytes
 
 
 class _ManifestFile(Frozen):
@@ -122,16 +114,16 @@ class CheckpointStore:
                 raise CheckpointInvalid(f"{path} cannot be read: {problem}") from problem
         return tensors
 
-    def files(self, step: int) -> list[CheckpointFile]:
-        """Every file of a checkpoint, the manifest last: together they are a copy of it.
+    def files(self, step: int) -> list[tuple[str, int, bytes]]:
+        """Name, size in bytes and SHA-256 of every file of a checkpoint, the manifest last: together they are a copy.
 
         Raises:
             CheckpointInvalid: missing, or of another run or stage.
         """
         manifest = self._manifest(step)
         raw = self._read_manifest(step)
-        listed = [CheckpointFile(file.name, file.size_bytes, bytes.fromhex(file.sha256)) for file in manifest.files]
-        return [*listed, CheckpointFile(_MANIFEST, len(raw), hashlib.sha256(raw).digest())]
+        listed = [(file.name, file.size_bytes, bytes.fromhex(file.sha256)) for file in manifest.files]
+        return [*listed, (_MANIFEST, len(raw), hashlib.sha256(raw).digest())]
 
     def open_file(self, step: int, name: str) -> BinaryIO:
         """One file of a checkpoint, for reading. Only names that `files` lists are opened.
@@ -139,7 +131,7 @@ class CheckpointStore:
         Raises:
             CheckpointInvalid: there is no such file.
         """
-        if name not in {file.name for file in self.files(step)}:
+        if name not in {listed for listed, _, _ in self.files(step)}:
             raise CheckpointInvalid(f"the checkpoint of step {step} has no file {name!r}")
         try:
             return os.fdopen(os.open(self._path(step) / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")

@@ -1,0 +1,216 @@
+"""A stage is a true slice of the whole transformer, initialised alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stage_server.config import StageConfig
+from stage_server.errors import ConfigImpossible
+from stage_server.module import StageModule, layer_range, next_token_loss, transformers_config
+
+B, T, V = 2, 12, 61
+
+
+def run(model_type: str = "llama", stages: int = 3, seed: int = 0, **parts: Any) -> StageConfig:
+    model = {
+        "model_type": model_type,
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    } | parts.pop("model", {})
+    plan = {"tokens": T, "batch": B}
+    return StageConfig.model_validate({"stages": stages, "seed": seed, "model": model, "plan": plan} | parts)
+
+
+PLAIN = {"bottleneck": {"enabled": False}, "codec": {"forward": "none", "backward": "none"}}
+
+
+def token_ids(seed: int = 0, length: int = T) -> Tensor:
+    return torch.randint(0, V, (B, length), generator=torch.Generator().manual_seed(seed))
+
+
+def chained(stages: list[StageModule], ids_BT: Tensor) -> Tensor:
+    x: Tensor | None = None
+    for stage in stages:
+        x = stage(ids_BT, x)
+    assert x is not None
+    return x
+
+
+@given(st.integers(1, 40), st.data())
+def test_layers_are_spread_contiguously_and_evenly(num_layers: int, data: st.DataObject) -> None:
+    num_stages = data.draw(st.integers(1, num_layers))
+    ranges = [layer_range(num_layers, num_stages, stage) for stage in range(num_stages)]
+    assert [layer for layers in ranges for layer in layers] == list(range(num_layers))
+    sizes = [len(layers) for layers in ranges]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)  # the last stage, which has the head, never has more
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_uncompressed_stages_in_a_row_are_the_plain_transformer(model_type: str, num_stages: int) -> None:
+    config = run(model_type, num_stages, **PLAIN)
+    stages = [StageModule(config, stage) for stage in range(num_stages)]
+    plain = AutoModelForCausalLM.from_config(
+        transformers_config(config.model), attn_implementation="sdpa", dtype=torch.float32
+    )
+    ours = {name: parameter for stage in stages for name, parameter in stage.named_global_parameters()}
+    plain.load_state_dict({name: parameter.detach().clone() for name, parameter in ours.items()}, strict=True)
+    ids, targets = token_ids(0), token_ids(1)
+
+    expected = plain(input_ids=ids, use_cache=False).logits
+    logits = chained(stages, ids)
+    assert torch.equal(logits, expected)
+
+    loss, expected_loss = next_token_loss(logits, targets), next_token_loss(expected, targets)
+    assert torch.equal(loss, expected_loss)
+    loss.backward()
+    expected_loss.backward()
+    for name, parameter in plain.named_parameters():
+        gradient = ours[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_future_tokens_do_not_change_past_logits(model_type: str, enabled: bool) -> None:
+    config = run(model_type, **({} if enabled else PLAIN))
+    stages = [StageModule(config, stage) for stage in range(config.stages)]
+    ids = token_ids()
+    changed = ids.clone()
+    changed[:, T // 2 :] = (changed[:, T // 2 :] + 1) % V
+    before, after = chained(stages, ids), chained(stages, changed)
+    assert torch.equal(before[:, : T // 2], after[:, : T // 2])
+    assert not torch.equal(before[:, T // 2 :], after[:, T // 2 :])
+
+
+def test_positions_matter() -> None:
+    stages = [StageModule(run(stages=1), 0)]
+    ids = torch.full((1, 6), 3)
+    ids[0, 0] = 5
+    swapped = ids.clone()
+    swapped[0, :2] = ids[0, [1, 0]]
+    assert not torch.allclose(chained(stages, ids)[0, -1], chained(stages, swapped)[0, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_rotary_frequencies_are_those_of_transformers(model_type: str) -> None:
+    config = run(model_type)
+    plain = AutoModelForCausalLM.from_config(transformers_config(config.model))
+    for stage in range(config.stages):
+        module = StageModule(config, stage)
+        assert torch.equal(module.rotary.inv_freq, plain.model.rotary_emb.inv_freq)
+        assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_weights_do_not_depend_on_how_the_model_is_cut(num_stages: int) -> None:
+    whole = dict(StageModule(run(stages=1), 0).named_global_parameters())
+    seen: set[str] = set()
+    for stage in range(num_stages):
+        for name, parameter in StageModule(run(stages=num_stages), stage).named_global_parameters():
+            assert name not in seen, "two stages claim one parameter"
+            seen.add(name)
+            if name in whole:
+                assert torch.equal(parameter, whole[name]), name
+    assert whole.keys() <= seen
+
+
+def test_a_stage_is_initialised_alike_every_time_and_differently_with_another_seed() -> None:
+    first, again, other = (dict(StageModule(run(seed=seed), 1).named_global_parameters()) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(first[name].ndim == 1 or not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_no_two_drawn_parameters_are_alike() -> None:
+    matrices = [p for _, p in StageModule(run(stages=1), 0).named_global_parameters() if p.ndim == 2]
+    for index, left in enumerate(matrices):
+        assert all(left.shape != right.shape or not torch.equal(left, right) for right in matrices[index + 1 :])
+
+
+def test_anchors_start_as_copies_of_the_embedding_and_independent_ones_do_not() -> None:
+    embedding = dict(StageModule(run(), 0).named_global_parameters())["model.embed_tokens.weight"]
+    for stage in (1, 2):
+        anchor = dict(StageModule(run(), stage).named_global_parameters())[f"anchors.{stage}.weight"]
+        assert torch.equal(anchor, embedding)
+        own = run(bottleneck={"anchor": "independent"})
+        independent = dict(StageModule(own, stage).named_global_parameters())[f"anchors.{stage}.weight"]
+        assert not torch.equal(independent, embedding)
+        none = dict(StageModule(run(bottleneck={"anchor": "none"}), stage).named_global_parameters())
+        assert not any(name.startswith("anchors.") for name in none)
+
+
+def test_names_say_where_a_parameter_belongs() -> None:
+    names = [[name for name, _ in StageModule(run(), stage).named_global_parameters()] for stage in range(3)]
+    outside = [[name for name in stage if not name.startswith("model.layers.")] for stage in names]
+    assert outside == [
+        ["boundaries.0.encoder.weight", "model.embed_tokens.weight"],
+        ["anchors.1.weight", "boundaries.0.decoder.weight", "boundaries.0.gain", "boundaries.1.encoder.weight"],
+        ["anchors.2.weight", "boundaries.1.decoder.weight", "boundaries.1.gain", "lm_head.weight", "model.norm.weight"],
+    ]
+    layers = [
+        sorted({int(name.split(".")[2]) for name in stage if name.startswith("model.layers.")}) for stage in names
+    ]
+    assert layers == [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    "bottleneck",
+    [
+        {"enabled": False},
+        {"identity": False},
+        {"projection": "none"},
+        {"norm": False},
+        {"gain": False},
+        {"anchor": "none"},
+        {"anchor": "independent"},
+        {"width": 32, "projection": "none"},  # uncompressed, with norm and anchors: the fair control
+        {"identity": False, "norm": False, "gain": False, "anchor": "none"},
+    ],
+    ids=str,
+)
+def test_every_variant_trains_every_parameter(bottleneck: dict[str, Any]) -> None:
+    config = run(bottleneck=bottleneck, codec={"forward": "none", "backward": "none"})
+    stages = [StageModule(config, stage) for stage in range(config.stages)]
+    next_token_loss(chained(stages, token_ids(0)), token_ids(1)).backward()
+    for stage in stages:
+        for name, parameter in stage.named_global_parameters():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.abs().sum() > 0), name
+
+
+def test_a_custom_head_dimension_is_passed_on() -> None:
+    config = run("qwen3", model={"extra": {"head_dim": 16}})
+    parameters = dict(StageModule(config, 0).named_global_parameters())
+    assert parameters["model.layers.0.self_attn.q_proj.weight"].shape == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("llama", {"attention_dropout": 0.1}),
+        ("llama", {"hidden_size": 64}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}),
+    ],
+)
+def test_what_cannot_be_cut_exactly_is_refused(model_type: str, extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigImpossible):
+        StageModule(run(model_type, model={"extra": extra}), 0)
+
+
+@pytest.mark.parametrize("stage", [-1, 3])
+def test_a_stage_that_does_not_exist_is_refused(stage: int) -> None:
+    with pytest.raises(ConfigImpossible):
+        StageModule(run(), stage)
