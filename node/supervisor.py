@@ -130,6 +130,7 @@ class Supervisor:
         self._back_off = back_off or BackOff()
         self._stops = 0
         self._stopping = asyncio.Event()
+        self._forced = False
         self._error: Error | None = None
         self._not_ours: frozenset[int] = frozenset()
 
@@ -157,7 +158,7 @@ class Supervisor:
             if code == EXIT_DONE:
                 return Ended(Outcome.DRAINED if self._stops else Outcome.COMPLETE)
             if self._stops:
-                return Ended(Outcome.KILLED)
+                return Ended(Outcome.KILLED if self._forced else Outcome.DRAINED)
             if code == EXIT_REFUSED:
                 return Ended(Outcome.REFUSED, self._error)
             lived = timedelta(seconds=time.monotonic() - started)
@@ -211,15 +212,14 @@ class Supervisor:
     async def _until_exit(self, child: subprocess.Popen[bytes], listening: asyncio.Task[None]) -> int:
         """Polls, which works everywhere and needs no child watcher; drains and kills when asked to."""
         kill_at: float | None = None
-        killed = False
         while (code := child.poll()) is None:
             if self._stops and kill_at is None:
                 child.terminate()
                 kill_at = time.monotonic() + self._drain_timeout.total_seconds()
             late = kill_at is not None and time.monotonic() >= kill_at
-            if not killed and (self._stops > 1 or late):
+            if not self._forced and (self._stops > 1 or late):
+                self._forced = True
                 kill_tree(child.pid)
-                killed = True
             if listening.done() and (error := listening.exception()):
                 raise error
             self.log.trim()
