@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from hivemind.dht import DHTNode
     from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
     from hivemind.dht.routing import DHTID
-    from hivemind.p2p import P2P
+    from hivemind.p2p import P2P, PeerID
     from hivemind.utils import MSGPackSerializer
 
-__all__ = ["DHT", "DHTID", "P2P", "DHTNode", "DHTRecord", "MSGPackSerializer", "RecordValidatorBase"]
+__all__ = ["DHT", "DHTID", "P2P", "DHTNode", "DHTRecord", "MSGPackSerializer", "PeerID", "RecordValidatorBase"]
