@@ -43,7 +43,9 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _numbers_fit(self) -> ModelConfig:
         if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings = true: embedding and head live on different machines; set it to false")
+            raise ValueError(
+                "tie_word_embeddings = true: embedding and head live on different machines; set it to false"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -51,7 +53,8 @@ class ModelConfig(Frozen):
             )
         if "head_dim" not in self.extra and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}"
+                f"hidden_size = {self.hidden_size} is not a multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
             )
         return self
 
@@ -122,7 +125,9 @@ class PlanConfig(Frozen):
     microbatches_per_step: Positive = Field(8, description="microbatches in one step")
     batch: Positive = Field(2, description="sequences B in a microbatch")
     tokens: Positive = Field(256, description="tokens T in a sequence")
-    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only before the first and after the last")
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between validations; 0: only before the first and after the last"
+    )
     evaluation_microbatches: int = Field(8, ge=0, description="microbatches of one validation; 0: never validate")
     checkpoint_every: Positive = Field(10, description="steps between checkpoints of a stage")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import grpc
-from resbm_pb import stage_pb2
-from resbm_pb.stage_pb2_grpc import StageAsyncStub, StageStub
+from resbm_pb import errors_pb2, stage_pb2
+from resbm_pb.stage_pb2_grpc import StageStub
 
 from stage_server.errors import LinkLost, StageError, refusal
 from stage_server.links import Frame, FrameStream
+
+if TYPE_CHECKING:
+    from resbm_pb.stage_pb2_grpc import StageAsyncStub  # exists in the type stubs alone
 
 ERROR_METADATA = "resbm-error"  # trailing metadata key with the stable code of a refusal
 MIN_MESSAGE_LIMIT_BYTES = 4 << 20
@@ -79,6 +83,20 @@ def stub(channel: grpc.aio.Channel) -> StageAsyncStub:
     return StageStub(channel)
 
 
+async def describe(endpoint: str, within: timedelta) -> stage_pb2.DescribeReply | None:
+    """Who answers at "host:port"; None for a peer that has no stage yet. Raises LinkLost when nobody does."""
+    async with grpc.aio.insecure_channel(endpoint, options=channel_options(0)) as channel:
+        try:
+            reply: stage_pb2.DescribeReply = await stub(channel).Describe(
+                stage_pb2.DescribeRequest(), timeout=within.total_seconds()
+            )
+            return reply
+        except grpc.aio.AioRpcError as error:
+            if ERROR_METADATA in dict(error.trailing_metadata() or ()):
+                return None
+            raise LinkLost(f"nobody answers at {endpoint}: {error.details()}") from error
+
+
 class _ClientStream:
     """The end that dialled."""
 
@@ -110,7 +128,11 @@ class _ClientStream:
 
     async def _refuse(self, reason: StageError) -> None:
         """The dialling side cannot end a call with a status of its own: it says why in a last frame."""
-        goodbye = stage_pb2.Goodbye(reason=stage_pb2.Goodbye.REASON_REFUSED, code=reason.code, detail=str(reason))
+        goodbye = stage_pb2.Goodbye(
+            reason=stage_pb2.Goodbye.REASON_REFUSED,
+            code=errors_pb2.ErrorCode.ValueType(int(reason.code)),
+            detail=str(reason),
+        )
         try:
             async with asyncio.timeout(REFUSAL_SECONDS):
                 await self._call.write(stage_pb2.UpstreamFrame(goodbye=goodbye))

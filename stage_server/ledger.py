@@ -299,9 +299,7 @@ class StageLedger:
         waiting: Iterable[MicrobatchId] = self._inputs if side is Side.UPSTREAM else self._returns
         return sorted({*waiting, *self._work.done})
 
-    def opened(
-        self, side: Side, committed: int, held: Iterable[MicrobatchId]
-    ) -> list[Forwarded | Returned]:
+    def opened(self, side: Side, committed: int, held: Iterable[MicrobatchId]) -> list[Forwarded | Returned]:
         """A link to a neighbour is open. Returns the retained frames it lacks, in order.
 
         Raises RewindNeeded when it lacks frames that this stage cannot make again from where it stands, and
@@ -316,8 +314,7 @@ class StageLedger:
             )
         if committed + 1 < self.first_step_held:
             raise RewindNeeded(
-                f"the {side} stage stands at step {committed} and needs frames from before "
-                f"step {self.first_step_held}",
+                f"the {side} stage stands at step {committed} and needs frames from before step {self.first_step_held}",
                 to_step=committed,
             )
         # What it had on disk before may be gone since: it says so in its first status.
@@ -335,8 +332,9 @@ class StageLedger:
         other = self._neighbours[Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM]
         if not other.exists:
             return self.committed, self.durable
-        known = self.durable is not None and other.durable is not None
-        return self.committed, min(self.durable, other.durable) if known else None
+        if self.durable is None or other.durable is None:
+            return self.committed, None
+        return self.committed, min(self.durable, other.durable)
 
     def receive_status(self, side: Side, committed: int, durable: int | None) -> bool:
         """A neighbour's newest status. Returns True when what is to be told to the other neighbour changed.

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from resbm_pb import stage_pb2
 
@@ -22,7 +22,7 @@ from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
 
 Frame = stage_pb2.UpstreamFrame | stage_pb2.DownstreamFrame
 Outbound = Forwarded | Returned
-GoodbyeReason = stage_pb2.Goodbye.Reason
+GoodbyeReason: TypeAlias = "stage_pb2.Goodbye.Reason.ValueType"
 
 STATUS_INTERVAL = timedelta(seconds=1)
 SILENCE_LIMIT = timedelta(seconds=20)  # a live neighbour says something every STATUS_INTERVAL
@@ -143,7 +143,7 @@ class LinkSession:
             reason = LinkLost(f"the {self._side} neighbour did not finish its handshake")
         except ExceptionGroup as group:
             reason = _first_of(group)
-        except Exception as error:  # noqa: BLE001: told to the neighbour below, then raised
+        except Exception as error:  # noqa: BLE001 - told to the neighbour below, then raised
             reason = error
         finally:
             await self._stream.close(reason)
@@ -307,7 +307,5 @@ class LinkSession:
 
 def _first_of(group: ExceptionGroup[Exception]) -> Exception:
     """The one error that ended a session; a refusal says more than the broken stream it causes."""
-    leaves: list[Exception] = []
-    for error in group.exceptions:
-        leaves.append(_first_of(error) if isinstance(error, ExceptionGroup) else error)
+    leaves = [_first_of(error) if isinstance(error, ExceptionGroup) else error for error in group.exceptions]
     return next((error for error in leaves if not isinstance(error, LinkLost)), leaves[0])

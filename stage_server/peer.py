@@ -22,7 +22,7 @@ from resbm_pb import stage_pb2
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side, StageLedger, Task
+from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
 from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession, Outbound
 from stage_server.reports import (
     CheckpointReport,
@@ -95,11 +95,15 @@ class StagePeer:
         self._sent_at: dict[MicrobatchId, float] = {}
         self._last_back: float | None = None
         self._reported_complete = False
+        self._pruned_to: int | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Works until drained. Raises RewindNeeded, StateLost, CheckpointUnwritable or NotFinite when it cannot go on."""
+        """Works until drained.
+
+        Raises RewindNeeded, StateLost, CheckpointUnwritable or NotFinite when it cannot go on.
+        """
         background = [asyncio.create_task(self._fail_when_told())]
         if not self.ledger.is_last:
             background.append(asyncio.create_task(self._keep_downstream()))
@@ -119,6 +123,10 @@ class StagePeer:
         """Finish the task at hand, save, say goodbye; `run` returns then."""
         self._draining = True
         self._wake.set()
+
+    def go_back(self, to_step: int) -> None:
+        """Discards checkpoints after `to_step`, for a restart from there. Call when `run` has ended."""
+        self._checkpoints.discard_after(to_step)
 
     def set_next_hop(self, endpoint: str) -> None:
         """Where the downstream peer is to be dialled from now on."""
@@ -187,15 +195,15 @@ class StagePeer:
             packed_ids, latents = self._wire.encode_token_ids(token_ids), None
         else:
             token_ids, packed_ids, latents = payload.token_ids, payload.packed_token_ids, payload.latents
-        train = name.kind is MicrobatchKind.TRAIN
-        if not self.ledger.is_last:
-            step = self._trainer.forward if train else self._trainer.evaluate
-            return self._wire.encode_latents(name, packed_ids, step(name, token_ids, latents))
-        if not train:
-            loss = self._trainer.evaluate(name, token_ids, latents)
-            return loss, self._wire.encode_gradients(name, loss, None)
-        loss, gradients = self._trainer.forward_backward(name, token_ids, latents)
-        return loss, None if gradients is None else self._wire.encode_gradients(name, loss, gradients)
+        if name.kind is MicrobatchKind.EVALUATE:
+            result = self._trainer.evaluate(name, token_ids, latents)
+            if isinstance(result, float):
+                return result, self._wire.encode_gradients(name, result, None)
+            return self._wire.encode_latents(name, packed_ids, result)
+        if self.ledger.is_last:
+            loss, gradients = self._trainer.forward_backward(name, token_ids, latents)
+            return loss, None if gradients is None else self._wire.encode_gradients(name, loss, gradients)
+        return self._wire.encode_latents(name, packed_ids, self._trainer.forward(name, token_ids, latents))
 
     def _read(self, name: MicrobatchId) -> TokenIds:
         if self._source is None:
@@ -283,7 +291,8 @@ class StagePeer:
 
     def _after_new_floor(self) -> None:
         floor = self.ledger.floor
-        if floor is not None:
+        if floor is not None and floor != self._pruned_to:
+            self._pruned_to = floor
             self._checkpoints.prune(floor)
 
     # -- links --------------------------------------------------------------------------------------------------

@@ -25,9 +25,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: PlanConfig) -> Plan:
-        return cls(
-            config.steps, config.microbatches_per_step, config.evaluation_microbatches, config.evaluate_every
-        )
+        return cls(config.steps, config.microbatches_per_step, config.evaluation_microbatches, config.evaluate_every)
 
     @property
     def last_step(self) -> StepIndex:

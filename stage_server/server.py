@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from resbm_pb import stage_pb2
 from resbm_pb.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
 
 from stage_server.checkpoint import CheckpointStore
-from stage_server.errors import CheckpointInvalid, PortTaken, StageError, WrongRun
+from stage_server.errors import CheckpointInvalid, LinkLost, PortTaken, StageError, WrongRun
 from stage_server.grpc_links import ServerStream, abort, server_options
 from stage_server.links import FrameStream
 
@@ -23,48 +24,58 @@ SERVICE = "resbm.v1.Stage"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class StageService(StageServicer):
-    """Translates calls; decides nothing."""
+@dataclass(frozen=True, slots=True)
+class ServedStage:
+    """What the server needs of the stage behind it."""
 
-    def __init__(
-        self,
-        run_id: str,
-        describe: Callable[[], stage_pb2.DescribeReply],
-        serve_link: Callable[[FrameStream], Awaitable[None]],
-        checkpoints: CheckpointStore,
-    ) -> None:
-        self._run_id = run_id
-        self._describe = describe
-        self._serve_link = serve_link
-        self._checkpoints = checkpoints
+    run_id: str
+    describe: Callable[[], stage_pb2.DescribeReply]
+    serve_link: Callable[[FrameStream], Awaitable[None]]
+    checkpoints: CheckpointStore
+
+
+class StageService(StageServicer):
+    """Translates calls; decides nothing.
+
+    It listens before its stage is known, because a peer announces its address when it asks for a place; until
+    `attach`, calls are answered "unavailable".
+    """
+
+    def __init__(self) -> None:
+        self._stage: ServedStage | None = None
+
+    def attach(self, stage: ServedStage) -> None:
+        """From now on calls reach this stage."""
+        self._stage = stage
 
     async def Describe(self, request: stage_pb2.DescribeRequest, context: Context) -> stage_pb2.DescribeReply:
-        return self._describe()
+        return (await self._ready(context)).describe()
 
     async def Link(self, request_iterator: AsyncIterator[stage_pb2.UpstreamFrame], context: Context) -> None:  # type: ignore[override]
+        stage = await self._ready(context)
         stream = ServerStream(context)
-        await self._serve_link(stream)
+        await stage.serve_link(stream)
         await stream.finish()
 
-    async def ListState(
-        self, request: stage_pb2.ListStateRequest, context: Context
-    ) -> stage_pb2.ListStateReply:
+    async def ListState(self, request: stage_pb2.ListStateRequest, context: Context) -> stage_pb2.ListStateReply:
+        stage = await self._ready(context)
         newest = request.step if request.HasField("step") else None
         try:
-            self._check_run(request.run_id)
-            step, files = await asyncio.to_thread(self._list, newest)
+            _check_run(stage, request.run_id)
+            step, files = await asyncio.to_thread(_list, stage.checkpoints, newest)
         except StageError as error:
             await abort(context, error)
             raise
         entries = (stage_pb2.StateFile(name=n, size_bytes=size, sha256=digest) for n, size, digest in files)
         return stage_pb2.ListStateReply(step=step, files=entries)
 
-    async def FetchState(  # type: ignore[override]
+    async def FetchState(
         self, request: stage_pb2.FetchStateRequest, context: Context
     ) -> AsyncIterator[stage_pb2.StateChunk]:
+        stage = await self._ready(context)
         try:
-            self._check_run(request.run_id)
-            file = self._checkpoints.open_file(request.step, request.name)
+            _check_run(stage, request.run_id)
+            file = stage.checkpoints.open_file(request.step, request.name)
         except StageError as error:
             await abort(context, error)
             raise
@@ -75,15 +86,23 @@ class StageService(StageServicer):
                 yield stage_pb2.StateChunk(offset_bytes=offset, data=data)
                 offset += len(data)
 
-    def _check_run(self, run_id: str) -> None:
-        if run_id != self._run_id:
-            raise WrongRun(f"this peer serves run {self._run_id!r}, not {run_id!r}")
+    async def _ready(self, context: Context) -> ServedStage:
+        if self._stage is None:
+            await abort(context, LinkLost("this peer has no stage yet"))
+            raise LinkLost("not reached: abort raises")
+        return self._stage
 
-    def _list(self, newest: int | None) -> tuple[int, list[tuple[str, int, bytes]]]:
-        steps = [step for step in self._checkpoints.steps() if newest is None or step <= newest]
-        if not steps:
-            raise CheckpointInvalid("this peer has no checkpoint" + ("" if newest is None else f" up to step {newest}"))
-        return steps[-1], self._checkpoints.files(steps[-1])
+
+def _check_run(stage: ServedStage, run_id: str) -> None:
+    if run_id != stage.run_id:
+        raise WrongRun(f"this peer serves run {stage.run_id!r}, not {run_id!r}")
+
+
+def _list(checkpoints: CheckpointStore, newest: int | None) -> tuple[int, list[tuple[str, int, bytes]]]:
+    steps = [step for step in checkpoints.steps() if newest is None or step <= newest]
+    if not steps:
+        raise CheckpointInvalid("this peer has no checkpoint" + ("" if newest is None else f" up to step {newest}"))
+    return steps[-1], checkpoints.files(steps[-1])
 
 
 class StageServer:

@@ -93,9 +93,7 @@ class WireFormat:
                 message.compression = tensors_pb2.COMPRESSION_ZSTD
         return message
 
-    def encode_latents(
-        self, name: MicrobatchId, token_ids: tensors_pb2.TokenIds, latents: Packed
-    ) -> stage_pb2.Latents:
+    def encode_latents(self, name: MicrobatchId, token_ids: tensors_pb2.TokenIds, latents: Packed) -> stage_pb2.Latents:
         """The message for one microbatch on its way forward."""
         message = stage_pb2.Latents(
             step=name.step,
@@ -160,7 +158,7 @@ class WireFormat:
         )
 
     def _decode_packed(self, message: tensors_pb2.PackedTensor, encoding: Encoding) -> Packed:
-        if message.encoding != encoding:
+        if int(message.encoding) != encoding:
             raise UnknownCodec(f"encoding {message.encoding} where the run has {encoding.name} ({int(encoding)})")
         shape = (message.batch, message.tokens, message.width)
         if shape != (self.batch, self.tokens, self.width):
@@ -208,9 +206,9 @@ def decode_held(messages: Sequence[stage_pb2.HeldMicrobatch]) -> list[Microbatch
     return [decode_name(m.step, m.kind, m.index) for m in messages]
 
 
-def _wire_kind(name: MicrobatchId) -> stage_pb2.MicrobatchKind:
-    return stage_pb2.MICROBATCH_KIND_TRAIN if name.kind is MicrobatchKind.TRAIN else (
-        stage_pb2.MICROBATCH_KIND_EVALUATE
+def _wire_kind(name: MicrobatchId) -> stage_pb2.MicrobatchKind.ValueType:
+    return (
+        stage_pb2.MICROBATCH_KIND_TRAIN if name.kind is MicrobatchKind.TRAIN else (stage_pb2.MICROBATCH_KIND_EVALUATE)
     )
 
 
@@ -231,7 +229,7 @@ def _crc(*parts: bytes) -> int:
     return checksum
 
 
-def _squeeze(data: bytes, level: int) -> tuple[bytes, tensors_pb2.Compression]:
+def _squeeze(data: bytes, level: int) -> tuple[bytes, tensors_pb2.Compression.ValueType]:
     if level and len(data) >= _WORTH_COMPRESSING_BYTES:
         compressed = zstandard.compress(data, level)
         if len(compressed) < _WORTH_KEEPING * len(data):
@@ -270,4 +268,5 @@ def _pack_bits(ids: npt.NDArray[np.int32], bits: int) -> bytes:
 def _unpack_bits(data: bytes, bits: int, num_ids: int) -> npt.NDArray[np.int64]:
     columns = np.unpackbits(np.frombuffer(data, np.uint8), count=num_ids * bits, bitorder="little")
     weights = np.left_shift(np.int64(1), np.arange(bits, dtype=np.int64))
-    return columns.reshape(num_ids, bits).astype(np.int64) @ weights
+    ids: npt.NDArray[np.int64] = columns.reshape(num_ids, bits).astype(np.int64) @ weights
+    return ids

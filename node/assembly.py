@@ -1,0 +1,99 @@
+"""Builds a stage from its configuration and from what is on disk. Blocking: weights, checkpoints and text are read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.config import RunConfig
+from node.data import load_corpus
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import CheckpointInvalid
+from stage_server.grpc_links import GrpcDialer
+from stage_server.ids import MicrobatchId
+from stage_server.ledger import StageLedger
+from stage_server.links import LinkIdentity
+from stage_server.peer import StagePeer
+from stage_server.plan import Plan
+from stage_server.reports import Report
+from stage_server.trainer import StageTrainer
+from stage_server.wire import TokenIds, WireFormat
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What a peer is made of, ready to be joined to its neighbours."""
+
+    config: RunConfig
+    trainer: StageTrainer
+    checkpoints: CheckpointStore
+    ledger: StageLedger
+    source: Callable[[MicrobatchId], TokenIds] | None
+
+    def joined(self, identity: LinkIdentity, report: Callable[[Report], None]) -> StagePeer:
+        """The peer over gRPC. Call on the event loop."""
+        wire = WireFormat(self.config)
+        return StagePeer(
+            identity=identity,
+            ledger=self.ledger,
+            trainer=self.trainer,
+            wire=wire,
+            checkpoints=self.checkpoints,
+            source=self.source,
+            dialer=GrpcDialer(wire.max_frame_bytes),
+            report=report,
+        )
+
+
+def stage_folder(state_folder: Path, run_id: str, stage: int) -> Path:
+    """Where a stage's checkpoints lie."""
+    return state_folder / run_id / f"stage-{stage}"
+
+
+def stage_with_state(state_folder: Path, run_id: str) -> int | None:
+    """The stage of this run that this machine holds checkpoints of, the newest if several: it is worth most there."""
+    folders = sorted((state_folder / run_id).glob("stage-*"), key=lambda path: path.stat().st_mtime)
+    return int(folders[-1].name.removeprefix("stage-")) if folders else None
+
+
+def build_stage(
+    config: RunConfig, stage: int, *, state_folder: Path, device: str, activation_budget_bytes: int
+) -> StageParts:
+    """Weights, optimizer and ledger as of the newest checkpoint, or the initial ones.
+
+    Raises:
+        CheckpointUnwritable: the state folder cannot be used.
+        DataUnreadable: this is the first stage and there is no text.
+    """
+    run_id = config.run_id
+    checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
+    trainer = StageTrainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
+    load_newest(checkpoints, trainer)
+    ledger = StageLedger(
+        Plan.of(config.plan),
+        stage=stage,
+        num_stages=config.stages,
+        checkpoints=checkpoints.steps(),
+        checkpoint_every=config.plan.checkpoint_every,
+    )
+    return StageParts(config, trainer, checkpoints, ledger, _source(config) if stage == 0 else None)
+
+
+def load_newest(checkpoints: CheckpointStore, trainer: StageTrainer) -> None:
+    """Loads the newest checkpoint that is whole. Broken ones are discarded: neighbours replay what they held."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            trainer.load_state_tensors(checkpoints.load(step, trainer.device))
+            return
+        except CheckpointInvalid as error:
+            log.warning("the checkpoint of step %d is not used: %s", step, error)
+            checkpoints.discard_after(step - 1)
+
+
+def _source(config: RunConfig) -> Callable[[MicrobatchId], TokenIds]:
+    corpus = load_corpus(config, lambda text, share: log.info("data: %s (%.0f %%)", text, 100 * share))
+    return corpus.microbatch

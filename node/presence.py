@@ -1,0 +1,98 @@
+"""A serving peer's place in the directory: its entry kept fresh, its next hop kept known, its leave taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import timedelta
+
+from coordinator.directory import COMPLETE, SERVING, PeerEntry
+from coordinator.errors import DirectoryLost
+from coordinator.routing import choose_next_hop
+from coordinator.swarm import PEER_RENEWAL, Swarm
+from node.metrics import WorkerMetrics
+from node.reporting import EventReporter
+from stage_server.ledger import Side
+from stage_server.peer import StagePeer
+
+log = logging.getLogger(__name__)
+
+SEEKING = timedelta(milliseconds=400)  # between looks at the directory while the downstream link is missing
+WATCHING = timedelta(seconds=3)  # between looks while it is there
+_UNMEASURED: Mapping[str, float] = {}
+
+
+class Presence:
+    """Tells the swarm of one peer, and the peer of the swarm."""
+
+    def __init__(self, swarm: Swarm, entry: PeerEntry, peer: StagePeer, reporter: EventReporter) -> None:
+        """`entry`: the peer's place as settled; its changing fields are filled in."""
+        self._swarm = swarm
+        self._entry = entry
+        self._peer = peer
+        self._reporter = reporter
+        self._current: str | None = None  # peer id of the next hop
+
+    async def announce(self) -> None:
+        """Publishes the entry as it is now. Raises DirectoryLost."""
+        ledger = self._peer.ledger
+        fresh = replace(
+            self._entry,
+            state=COMPLETE if self._reporter.complete else SERVING,
+            committed_step=ledger.committed,
+            durable_step=ledger.durable,
+            queue_depth=ledger.queue_depth,
+            **asdict(self._reporter.figures()),
+        )
+        await self._swarm.publish_peer(fresh)
+
+    async def keep(self) -> None:
+        """Renews the entry for ever, at once when its state changes. Raises DirectoryLost when the directory died."""
+        while True:
+            try:
+                async with asyncio.timeout(PEER_RENEWAL.total_seconds()):
+                    await self._reporter.state_changed.wait()
+                    self._reporter.state_changed.clear()
+            except TimeoutError:
+                pass
+            await self._unless_dead(self.announce)
+
+    async def follow(self) -> None:
+        """Keeps the peer's next hop known for ever. Raises DirectoryLost when the directory died."""
+        while not self._peer.ledger.is_last:
+            await self._unless_dead(self._look)
+            linked = self._peer.links_open[Side.DOWNSTREAM]
+            await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
+
+    async def leave(self) -> None:
+        """Takes the entry out, so that nobody waits for this peer."""
+        await self._unless_dead(self._swarm.withdraw_peer)
+
+    async def _look(self) -> None:
+        ledger, linked = self._peer.ledger, self._peer.links_open[Side.DOWNSTREAM]
+        snapshot = await self._swarm.snapshot(self._entry.run_id, ledger.num_stages)
+        current = self._current if linked else None  # a hop that has just failed is chosen anew
+        hop = choose_next_hop(snapshot, self._entry.stage + 1, current, _UNMEASURED, random.Random(), now=time.time())
+        if hop is not None:
+            self._current = hop.peer_id
+            self._peer.set_next_hop(hop.endpoints[0])
+
+    async def _unless_dead(self, operation: Callable[[], Awaitable[None]]) -> None:
+        """One failed request is passed over, the next one follows; a dead directory is not."""
+        try:
+            await operation()
+        except DirectoryLost as error:
+            if not self._swarm.is_alive():
+                raise
+            log.warning("directory: %s", error)
+
+
+async def report_load(peer: StagePeer, metrics: WorkerMetrics, period: timedelta = timedelta(seconds=1)) -> None:
+    """Tells the metrics, for ever, what waits and what is in flight."""
+    while True:
+        metrics.set_load(peer.ledger.queue_depth, peer.ledger.in_flight)
+        await asyncio.sleep(period.total_seconds())

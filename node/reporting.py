@@ -1,0 +1,106 @@
+"""From a stage's reports to events, metrics and the figures of its directory entry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from node.events import Checkpoint, Complete, Evaluation, Event, Link, LinkTraffic, StageStep
+from node.metrics import WorkerMetrics
+from stage_server.reports import (
+    CheckpointReport,
+    CompleteReport,
+    EvaluationReport,
+    LinkReport,
+    Report,
+    StepReport,
+)
+
+_RECENT_STEPS = 8  # rates are told over the last few steps
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a directory entry says about a peer's work."""
+
+    loss: float | None
+    compute_share: float
+    microbatches: int
+    tokens_per_second: float
+    wire_compression: float
+
+
+class EventReporter:
+    """Given to a StagePeer as its `report`. Lives on the event loop's thread."""
+
+    def __init__(self, stage: int, metrics: WorkerMetrics, emit: Callable[[Event], None]) -> None:
+        self.metrics = metrics
+        self.complete = False
+        self.state_changed = asyncio.Event()
+        self._stage = stage
+        self._emit = emit
+        self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
+        self._num_microbatches = 0
+
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, StepReport):
+            self._recent.append(report)
+            self._num_microbatches += report.num_microbatches
+        if isinstance(report, CompleteReport):
+            self.complete = True
+            self.state_changed.set()
+        event = _as_event(self._stage, report)
+        self.metrics.observe(event)
+        self._emit(event)
+
+    def figures(self) -> Figures:
+        """Over the last few steps."""
+        recent = self._recent
+        seconds = sum(report.wall.total_seconds() for report in recent)
+        links = [report.link for report in recent if report.link is not None]
+        wire = sum(link.wire_bytes_forward + link.wire_bytes_backward for link in links)
+        return Figures(
+            loss=recent[-1].loss if recent else None,
+            compute_share=min(1.0, sum(r.compute.total_seconds() for r in recent) / seconds) if seconds else 0.0,
+            microbatches=self._num_microbatches,
+            tokens_per_second=sum(report.num_tokens for report in recent) / seconds if seconds else 0.0,
+            wire_compression=sum(link.dense_bytes for link in links) / wire if wire else 0.0,
+        )
+
+
+def _as_event(stage: int, report: Report) -> Event:
+    match report:
+        case StepReport():
+            return _step_event(stage, report)
+        case EvaluationReport(committed_step, loss):
+            return Evaluation(stage=stage, step=committed_step, loss=loss)
+        case CheckpointReport(step, duration, size_bytes):
+            return Checkpoint(stage=stage, step=step, seconds=duration.total_seconds(), size_bytes=size_bytes)
+        case LinkReport(side, is_open, detail):
+            return Link(stage=stage, side=side.value, state="open" if is_open else "lost", detail=detail)
+        case CompleteReport(step):
+            return Complete(stage=stage, step=step)
+
+
+def _step_event(stage: int, report: StepReport) -> StageStep:
+    link = report.link
+    return StageStep(
+        stage=stage,
+        step=report.step,
+        loss=report.loss,
+        tokens=report.num_tokens,
+        seconds=report.wall.total_seconds(),
+        microbatches=report.num_microbatches,
+        compute_seconds=report.compute.total_seconds(),
+        wait_seconds=report.wait.total_seconds(),
+        gradient_norm=report.gradient_norm,
+        link=None
+        if link is None
+        else LinkTraffic(
+            dense_bytes=link.dense_bytes,
+            wire_bytes_forward=link.wire_bytes_forward,
+            wire_bytes_backward=link.wire_bytes_backward,
+        ),
+    )

@@ -1,0 +1,233 @@
+"""One node at work: the asynchronous half of joining, then the stage with its place in the directory.
+
+This is the wiring. It builds the rooms' parts and joins them; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from resbm_pb import stage_pb2
+
+from coordinator.assignment import MachineProfile
+from coordinator.directory import RESERVED, PeerEntry
+from coordinator.errors import StageUnavailable
+from coordinator.settlement import Place, Rules
+from coordinator.swarm import Swarm
+from coordinator.ticket import Ticket
+from node import speed
+from node.addresses import announced_host
+from node.assembly import StageParts, build_stage, stage_with_state
+from node.config import RunConfig, load_toml
+from node.events import Assigned, Live, WorkerSpec, emit
+from node.join_steps import JoinSteps
+from node.metrics import MetricsServer, WorkerMetrics
+from node.presence import Presence, report_load
+from node.reporting import EventReporter
+from node.version import __version__
+from stage_server.errors import LinkLost, PortTaken, RewindNeeded
+from stage_server.grpc_links import describe
+from stage_server.links import LinkIdentity
+from stage_server.peer import StagePeer
+from stage_server.server import ServedStage, StageServer, StageService
+from stage_server.wire import PROTOCOL_VERSION, WireFormat
+
+log = logging.getLogger(__name__)
+
+REACH_LIMIT = timedelta(seconds=3)
+
+
+class StageNode:
+    """From a ticket to a served stage, until it is told to drain. A finished run's weights are served till then."""
+
+    def __init__(self, spec: WorkerSpec, swarm: Swarm, ticket: Ticket, *, device: str, steps: JoinSteps) -> None:
+        self._spec = spec
+        self._swarm = swarm
+        self._ticket = ticket
+        self._peer_id = swarm.peer_id
+        self._device = device
+        self._steps = steps
+        self._host = announced_host(spec.host, spec.announce)
+        self._service = StageService()
+        self._peer: StagePeer | None = None
+        self._asked_to_drain = asyncio.Event()
+
+    def drain(self) -> None:
+        """Finish the task at hand, save, say goodbye, leave the directory; `run` returns then."""
+        self._asked_to_drain.set()
+        if self._peer is not None:
+            self._peer.drain()
+
+    async def run(self) -> None:
+        """Joins and serves. Raises the typed errors of all rooms, and RewindNeeded for a restart."""
+        serving = asyncio.ensure_future(self._join_and_serve())
+        leaving = asyncio.ensure_future(self._asked_to_drain.wait())
+        await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not serving.done() and self._peer is None:  # asked to leave before there was anything to drain
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+        else:
+            await serving
+
+    async def _join_and_serve(self) -> None:
+        run = await self._swarm.fetch_run(self._ticket, lambda text: load_toml(text).run_id)
+        config = load_toml(run.config_toml)
+        await self._swarm.republish_run(run.sealed)
+        server = StageServer(self._service, WireFormat(config).max_frame_bytes)
+        try:
+            entry = await self._settle(config, await self._listen(server))
+            await self._build_and_serve(config, entry)
+        finally:
+            await server.stop()
+
+    # -- joining ------------------------------------------------------------------------------------------------
+
+    async def _listen(self, server: StageServer) -> str:
+        """Returns the endpoint that others dial."""
+        with self._steps.step("reach") as note:
+            endpoint = f"{self._host}:{await self._bind(server)}"
+            try:
+                await describe(endpoint, REACH_LIMIT)
+                note(f"{endpoint} answers")
+            except LinkLost:
+                note(f"! {endpoint} does not answer from here; other peers may not reach it either")
+        return endpoint
+
+    async def _bind(self, server: StageServer) -> int:
+        """The port asked for; else that of the life before, so that neighbours find a restarted peer at once."""
+        remembered = self._spec.state_folder / "port"
+        if self._spec.port == 0 and remembered.exists():
+            try:
+                return await server.start(self._spec.host, int(remembered.read_text()))
+            except (PortTaken, ValueError):
+                log.info("the port of the life before is taken")
+        port = await server.start(self._spec.host, self._spec.port)
+        remembered.write_text(str(port))
+        return port
+
+    async def _settle(self, config: RunConfig, endpoint: str) -> PeerEntry:
+        with self._steps.step("speed") as note:
+            measured = await asyncio.to_thread(speed.measure, config, self._device)
+            note(f"{measured.throughput:.1f} microbatches/s on one stage")
+        entry = PeerEntry(
+            run_id=config.run_id,
+            stage=0,
+            peer_id=self._peer_id,
+            endpoints=(endpoint,),
+            state=RESERVED,
+            throughput=measured.throughput,
+            reserved_at=time.time(),
+            software_version=__version__,
+        )
+        with self._steps.step("stage") as note:
+            place = await self._take_place(config, entry, measured)
+            note(place.reason)
+        emit(Assigned(stage=place.stage, num_stages=config.stages, reason=place.reason))
+        return replace(entry, stage=place.stage, reserved_at=place.reserved_at)
+
+    async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
+        machine = MachineProfile(self._peer_id, measured.throughput, measured.fits)
+        asked = self._spec.stage
+        own = stage_with_state(self._spec.state_folder, config.run_id) if asked is None else asked
+        try:
+            return await self._swarm.settle(entry, machine, config.stages, Rules(wanted=own))
+        except StageUnavailable:
+            if asked is not None:
+                raise
+            return await self._swarm.settle(entry, machine, config.stages, Rules())
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    async def _build_and_serve(self, config: RunConfig, entry: PeerEntry) -> None:
+        metrics = WorkerMetrics(config.run_id, __version__, self._device)
+        reporter = EventReporter(entry.stage, metrics, emit)
+        with self._steps.step("state") as note:
+            parts = await self._build(config, entry.stage)
+            self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
+            committed = parts.ledger.committed
+            note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
+        presence = Presence(self._swarm, entry, self._peer, reporter)
+        with self._steps.step("live") as note:
+            served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
+            self._service.attach(served)
+            await presence.announce()
+            note(f"serving stage {entry.stage} at {entry.endpoints[0]}")
+        await self._work(config, entry, presence, reporter)
+
+    async def _build(self, config: RunConfig, stage: int) -> StageParts:
+        return await asyncio.to_thread(
+            build_stage,
+            config,
+            stage,
+            state_folder=self._spec.state_folder,
+            device=self._device,
+            activation_budget_bytes=self._spec.activation_budget_bytes,
+        )
+
+    async def _work(self, config: RunConfig, entry: PeerEntry, presence: Presence, reporter: EventReporter) -> None:
+        peer = self._require_peer()
+        port = self._spec.metrics_port
+        metrics = None if port is None else MetricsServer(reporter.metrics, self._spec.host, port)
+        live = Live(
+            stage=entry.stage,
+            peer_id=self._peer_id,
+            endpoint=entry.endpoints[0],
+            metrics_endpoint=metrics.endpoint if metrics else None,
+            committed_step=peer.ledger.committed,
+            run=config.name,
+            steps=config.plan.steps,
+        )
+        reporter.metrics.observe(live)
+        emit(live)
+        try:
+            await _first_to_end(
+                peer.run(), presence.keep(), presence.follow(), report_load(peer, reporter.metrics), ends_with=0
+            )
+        except RewindNeeded as error:
+            peer.go_back(error.to_step)
+            raise
+        finally:
+            if metrics:
+                metrics.close()
+            await presence.leave()
+
+    def _require_peer(self) -> StagePeer:
+        if self._peer is None:
+            raise RuntimeError("the peer is built before it is served")
+        return self._peer
+
+    def _describe(self) -> stage_pb2.DescribeReply:
+        peer = self._require_peer()
+        return stage_pb2.DescribeReply(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=peer.identity.run_id,
+            stage=peer.identity.stage,
+            num_stages=peer.ledger.num_stages,
+            peer_id=self._peer_id,
+            committed_step=peer.ledger.committed,
+            software_version=__version__,
+            durable_step=peer.ledger.durable,
+        )
+
+
+async def _first_to_end(*work: Coroutine[Any, Any, None], ends_with: int) -> None:
+    """Runs all until the one at `ends_with` returns or any raises; cancels the rest."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    leading = tasks[ends_with]
+    pending = set(tasks)
+    try:
+        while not leading.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,114 @@
+"""The worker process: serves one stage of one run.
+
+`python -m node.worker` reads one WorkerSpec line from stdin and writes events to stdout. The order of the first lines
+of `main` matters: hivemind forks its processes before gRPC, CUDA or any thread exists.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports grpc; with fork support on, forks hang
+
+import asyncio
+import logging
+import signal
+import sys
+
+import torch
+import uvloop
+
+from coordinator.errors import DirectoryLost, SwarmError
+from coordinator.swarm import Swarm
+from coordinator.ticket import decode_ticket
+from node import identity
+from node.addresses import announced_host
+from node.errors import CodedError, MachineUnfit, NodeError
+from node.events import (
+    EXIT_DONE,
+    EXIT_REFUSED,
+    EXIT_RESTART,
+    Error,
+    WorkerSpec,
+    claim_stdout,
+    emit,
+    read_spec,
+)
+from node.join_steps import JoinSteps
+from node.stage_node import StageNode
+from stage_server.errors import RewindNeeded, StageError
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Runs the worker; returns its exit status."""
+    spec = read_spec(sys.stdin.buffer)
+    claim_stdout()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return _run(spec)
+    except DirectoryLost:
+        raise  # a crash: the supervisor starts this worker again
+    except (SwarmError, NodeError, StageError) as error:
+        return _refuse(error)
+
+
+def _run(spec: WorkerSpec) -> int:
+    steps = JoinSteps(emit)
+    with steps.step("machine") as note:
+        device = _set_up_machine(spec)
+        note(f"{device}, {torch.get_num_threads()} threads")
+    with steps.step("identity") as note:
+        key = identity.load_or_create(spec.identity_file)
+        note(str(key.peer_id))
+    with steps.step("network") as note:
+        ticket = decode_ticket(spec.ticket)
+        swarm = Swarm.start(
+            identity_seed=key.seed,
+            listen_host=spec.host,
+            announce_host=announced_host(spec.host, spec.announce),
+            port=spec.dht_port,
+            bootstrap=ticket.bootstrap,
+            folder=spec.state_folder,
+        )
+        note(f"in the swarm through {len(ticket.bootstrap)} address(es)")
+    try:
+        node = StageNode(spec, swarm, ticket, device=device, steps=steps)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(node))
+    finally:
+        swarm.close()
+
+
+async def _serve(node: StageNode) -> int:
+    """Until the node ends by itself, or SIGTERM or SIGINT asks it to drain."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, node.drain)
+    try:
+        await node.run()
+    except RewindNeeded as error:
+        log.warning("going back to step %d: %s", error.to_step, error)
+        return EXIT_RESTART
+    return EXIT_DONE
+
+
+def _set_up_machine(spec: WorkerSpec) -> str:
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    torch.set_num_interop_threads(1)
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise MachineUnfit("no CUDA device is to be had here", remedy="join with --device cpu or install a CUDA build")
+    if spec.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return spec.device
+
+
+def _refuse(error: CodedError) -> int:
+    emit(Error(code=int(error.code), cause=error.cause, remedy=error.remedy))
+    return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
