@@ -281,12 +281,13 @@ def run_demo(config: RunConfig, options: DemoOptions, view: DemoView) -> Summary
     corpus = load_corpus(config, view.preparing)  # the peers then find it in the cache
     view.begin(corpus)
     with demo_folder(keep=options.keep) as folder:
-        return asyncio.run(_run(Demo(config, folder, options, view), corpus))
+        return asyncio.run(_run(config, folder, options, view, corpus))
 
 
-async def _run(demo: Demo, corpus: Corpus) -> Summary:
+async def _run(config: RunConfig, folder: Path, options: DemoOptions, view: DemoView, corpus: Corpus) -> Summary:
     from node.demo_result import gather_weights
 
+    demo = Demo(config, folder, options, view)
     with stop_on_signals(demo.stop):
         try:
             await demo.until_complete()

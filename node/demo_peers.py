@@ -49,7 +49,7 @@ class PeerView:
 
 
 class PeerFailed(Exception):
-    """A process of the demo gave up: the run cannot be completed. Has the code and remedy of what it said, if it did."""
+    """A process of the demo gave up: the run cannot be completed. Has the code and remedy it told, if any."""
 
     def __init__(self, code: int, cause: str, remedy: str) -> None:
         super().__init__(cause)
