@@ -56,7 +56,9 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"resbm-node {_version()}")
+        from node.version import __version__
+
+        typer.echo(f"resbm-node {__version__}")
         raise typer.Exit
 
 
@@ -66,15 +68,6 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the program itself; `version` has done its work before this is called."""
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("resbm-node")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "(not installed)"
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
