@@ -213,7 +213,9 @@ class Directory:
             raise DirectoryLost(
                 f"the directory did not answer within {self._request_timeout.total_seconds():g} s"
             ) from error
-        except (OSError, RuntimeError) as error:
+        except SwarmError:
+            raise
+        except Exception as error:  # whatever hivemind raises, in its process or here, means the same to the caller
             raise DirectoryLost(f"the directory failed: {error}") from error
         finally:
             seconds = time.monotonic() - started
@@ -295,7 +297,9 @@ def _with_checked_port(listen: Listen) -> Listen:
         except OSError as error:
             raise PortTaken(f"cannot listen on {listen.host} port {listen.port}: {error.strerror}") from error
         free_port = int(probe.getsockname()[1])
-    listen = replace(listen, host=str(address[0]), announce=listen.announce or listen.host)
+    host = str(address[0])
+    announce = host if listen.announce in ("", listen.host) else listen.announce
+    listen = replace(listen, host=host, announce=announce)
     return listen if listen.announce == listen.host else replace(listen, port=free_port)
 
 

@@ -79,7 +79,7 @@ class PeerEntry:
             raise RecordForged(f"{opened.peer_id} signed a record for peer {record.peer_id[:64]!r}")
         if record.run_id != run_id or record.stage != stage:
             raise RecordInvalid(f"{opened.peer_id} names stage {record.stage} of run {record.run_id[:64]!r}")
-        _check_values(record, opened.peer_id)
+        check_values(record, opened.peer_id)
         return cls(
             run_id=record.run_id,
             stage=record.stage,
@@ -101,7 +101,12 @@ class PeerEntry:
         )
 
 
-def _check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
+def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
+    """Whether a record's state, addresses and rates are possible ones.
+
+    Raises:
+        RecordInvalid
+    """
     if record.state not in (RESERVED, SERVING, DRAINING, COMPLETE):
         raise RecordInvalid(f"{peer_id} is in the unknown state {record.state}")
     if not 1 <= len(record.endpoints) <= MAX_ENDPOINTS or not all(map(_is_endpoint, record.endpoints)):

@@ -50,9 +50,13 @@ class Opened(Generic[M]):
 
 
 def seal(message: Message, *, domain: str, key: str, expires_at: float, seed: bytes) -> bytes:
-    """Signs a message for one DHT key, to be void after `expires_at` (Unix time in seconds)."""
+    """Signs a message for one DHT key, to be void after `expires_at` (Unix time in seconds).
+
+    Raises:
+        RecordInvalid: the record would be larger than its kind may be.
+    """
     payload = message.SerializeToString(deterministic=True)
-    return records_pb2.SignedRecord(
+    sealed = records_pb2.SignedRecord(
         domain=domain,
         key=key,
         expiration=expires_at,
@@ -60,6 +64,9 @@ def seal(message: Message, *, domain: str, key: str, expires_at: float, seed: by
         public_key=identity.public_key_of(seed),
         signature=identity.sign(seed, _signed_text(domain, key, expires_at, payload)),
     ).SerializeToString(deterministic=True)
+    if len(sealed) > MAX_RECORD_BYTES[domain]:
+        raise RecordInvalid(f"a {domain} record of {len(sealed)} bytes is too large: {MAX_RECORD_BYTES[domain]} may be")
+    return sealed
 
 
 def open_record(data: bytes, *, domain: str, key: str, now: float, message_type: type[M]) -> Opened[M]:

@@ -25,7 +25,7 @@ from resbm_pb import records_pb2
 from coordinator import identity, records
 from coordinator.assignment import MachineProfile
 from coordinator.dht import START_TIMEOUT, Directory, Listen, RequestStats
-from coordinator.directory import RESERVED, DirectorySnapshot, PeerEntry, run_key, stage_key
+from coordinator.directory import RESERVED, DirectorySnapshot, PeerEntry, check_values, run_key, stage_key
 from coordinator.errors import DirectoryLost, RecordError, RecordInvalid, RunNotFound
 from coordinator.reading import PublishedRun, opened_run, snapshot_of
 from coordinator.settlement import Place, Rules, settle
@@ -114,6 +114,7 @@ class Swarm:
         """Signs and publishes a run; returns the sealed record. Repeat it within RUN_LIFETIME to keep the run alive.
 
         Raises:
+            RecordInvalid: the config is too long for the directory (64 KiB).
             DirectoryLost: the directory did not take it.
         """
         message = records_pb2.RunRecord(
@@ -157,14 +158,17 @@ class Swarm:
         """Publishes this peer's entry for the next PEER_LIFETIME. An older entry under another stage is withdrawn.
 
         Raises:
+            RecordInvalid: the entry holds values that every reader would refuse.
             DirectoryLost: the directory did not take it.
         """
         if entry.peer_id != self._peer_id:
             raise ValueError("a peer publishes itself only")
+        record = entry.to_record()
+        check_values(record, self._peer_id)
         key = stage_key(entry.run_id, entry.stage)
         await self._withdraw(self._own_keys - {key})
         self._own_keys.add(key)
-        await self._publish(entry.to_record(), records.PEER_DOMAIN, key, PEER_LIFETIME)
+        await self._publish(record, records.PEER_DOMAIN, key, PEER_LIFETIME)
 
     async def withdraw_peer(self) -> None:
         """Takes this peer's entry out of the directory at once. Does nothing when there is none.
@@ -224,7 +228,10 @@ class Swarm:
         expires_at = max(time.time() + lifetime.total_seconds(), self._expirations.get(key, 0.0) + 0.001)
         self._expirations[key] = expires_at
         sealed = records.seal(message, domain=domain, key=key, expires_at=expires_at, seed=self._seed)
-        if not await self._directory.store(key, self._peer_id, sealed, expires_at=expires_at):
+        if await self._directory.store(key, self._peer_id, sealed, expires_at=expires_at):
+            return sealed
+        # One peer's refusal is reported for all: what counts is whether the record can be read.
+        if (await self._directory.get([key])).get(key, {}).get(self._peer_id) != sealed:
             raise DirectoryLost(f"the directory did not take this peer's record for {key}")
         return sealed
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from resbm_pb import records_pb2
 
 from coordinator import identity, records
 from coordinator.directory import RESERVED, PeerEntry, run_key, stage_key
-from coordinator.errors import ClockSkew, DirectoryLost, PortTaken, RunNotFound, SwarmError, TicketUnreachable
+from coordinator.errors import (
+    ClockSkew,
+    DirectoryLost,
+    PortTaken,
+    RecordInvalid,
+    RunNotFound,
+    SwarmError,
+    TicketUnreachable,
+)
 from coordinator.swarm import Swarm
 from coordinator.ticket import Ticket, decode_ticket
 
@@ -174,6 +183,14 @@ def test_a_second_peer_joins_by_ticket_and_both_are_seen(swarm: Swarm, spawn: Sp
     asyncio.run(swarm.publish_peer(entry(swarm, stage=1)))  # a peer serves one stage: the old entry goes
     joiner.ask("withdraw")
     assert joiner.ask("snapshot", **OVERVIEW) == [[], [swarm.peer_id], [], []]
+
+
+def test_what_readers_would_refuse_is_not_published(swarm: Swarm) -> None:
+    with pytest.raises(RecordInvalid):
+        asyncio.run(swarm.publish_peer(replace(entry(swarm), endpoints=())))
+    with pytest.raises(RecordInvalid):
+        asyncio.run(swarm.publish_run(created_at=0.0, **(RUN | {"config_toml": "#" * 70_000})))  # type: ignore[arg-type]
+    assert asyncio.run(swarm.snapshot("abcd", 1)).all_peers() == ()
 
 
 def test_a_run_is_believed_only_from_its_publisher(swarm: Swarm) -> None:

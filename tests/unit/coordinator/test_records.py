@@ -90,10 +90,15 @@ def test_malformed_records_are_invalid() -> None:
         with pytest.raises(RecordInvalid):
             open_peer(data)
     with pytest.raises(RecordInvalid, match="unknown"):
-        records.parse_envelope(seal(domain="resbm.v1.Else"))
+        open_peer(changed(seal(), domain="resbm.v1.Else"))
+
+
+def test_large_records_are_neither_made_nor_read() -> None:
     big = records_pb2.PeerRecord(software_version="x" * 5000)
     with pytest.raises(RecordInvalid, match="too large"):
-        open_peer(records.seal(big, domain=records.PEER_DOMAIN, key=KEY, expires_at=NOW + 30, seed=SEED))
+        records.seal(big, domain=records.PEER_DOMAIN, key=KEY, expires_at=NOW + 30, seed=SEED)
+    with pytest.raises(RecordInvalid, match="too large"):
+        open_peer(changed(seal(), payload=big.SerializeToString()))
 
 
 def test_unsigned_padding_is_refused() -> None:
