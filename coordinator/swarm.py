@@ -24,9 +24,10 @@ from resbm_pb import records_pb2
 
 from coordinator import identity, records
 from coordinator.assignment import MachineProfile
-from coordinator.dht import START_TIMEOUT, Directory, Listen, RequestStats
+from coordinator.dht import START_TIMEOUT, Directory, RequestStats
 from coordinator.directory import RESERVED, DirectorySnapshot, PeerEntry, check_values, run_key, stage_key
 from coordinator.errors import DirectoryLost, RecordError, RecordInvalid, RunNotFound
+from coordinator.listening import Listen
 from coordinator.reading import PublishedRun, opened_run, snapshot_of
 from coordinator.settlement import Place, Rules, settle
 from coordinator.ticket import Ticket, encode_ticket
