@@ -285,13 +285,13 @@ def run_demo(config: RunConfig, options: DemoOptions, view: DemoView) -> Summary
 
 
 async def _run(config: RunConfig, folder: Path, options: DemoOptions, view: DemoView, corpus: Corpus) -> Summary:
-    from node.demo_result import gather_weights
-
     demo = Demo(config, folder, options, view)
     with stop_on_signals(demo.stop):
         try:
             await demo.until_complete()
             demo.view.note("every step is committed; the peers hand out their weights")
+            from node.demo_result import gather_weights  # torch and gRPC: not before the last fork
+
             endpoints = [peer.live.endpoint for peer in demo.peers_by_stage() if peer.live]
             weights = await demo.unless_stopped(gather_weights(endpoints, demo.config.run_id, demo.folder / "weights"))
         finally:

@@ -52,7 +52,7 @@ class PeerFailed(Exception):
     """A process of the demo gave up: the run cannot be completed. Has the code and remedy it told, if any."""
 
     def __init__(self, code: int, cause: str, remedy: str) -> None:
-        super().__init__(cause)
+        super().__init__(f"E{code} {cause}")
         self.code = code
         self.cause = cause
         self.remedy = remedy

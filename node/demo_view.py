@@ -116,7 +116,7 @@ class ConsoleView:
     def peers(self, peers: Sequence[PeerView]) -> None:
         if not self._live and len(self._peers) == 0 and all(peer.is_live for peer in peers):
             self._peers = peers
-            for peer in peers:
+            for peer in sorted(peers, key=lambda peer: peer.stage or 0):
                 endpoint = peer.live.endpoint if peer.live else "?"
                 self._console.print(f"stage {peer.stage}: {peer.name} at {endpoint}")
         elif self._live:

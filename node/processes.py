@@ -172,30 +172,59 @@ def sweep_orphans(keep: Iterable[int] = (), grace: timedelta = timedelta(seconds
     """Ends and reaps every child of ours but those in `keep` and their descendants. Returns the names of those ended.
 
     After a worker died, what it had started (DHT peer, p2pd, torch_shm_manager) is ours: we are the subreaper. Each
-    gets SIGTERM and some time first, to remove its socket files. One orphan's death may bring its children to us,
-    hence the loop.
+    gets SIGTERM and some time before SIGKILL; the sockets it leaves in the file system are removed. One orphan's death
+    may bring its children to us, hence the loop.
     """
     kept = set(keep)
     ended: dict[int, str] = {}
+    sockets: set[Path] = set()
     started = time.monotonic()
     while orphans := [child for child in psutil.Process().children() if child.pid not in kept]:
-        waited = time.monotonic() - started
-        if waited > 2 * grace.total_seconds():
+        waited = timedelta(seconds=time.monotonic() - started)
+        if waited > 2 * grace:
             break  # not even SIGKILL helps: stuck in the kernel
         for orphan in orphans:
-            _end_orphan(orphan, ended, by_force=waited > grace.total_seconds())
+            if not _reaped(orphan):
+                sockets |= _sockets_of(orphan) if orphan.pid not in ended else set()
+                _end_orphan(orphan, ended, by_force=waited > grace)
         time.sleep(0.01)
+    for socket in sockets:
+        _remove_socket(socket)
     return list(ended.values())
 
 
+def _reaped(orphan: psutil.Process) -> bool:
+    """True when it was dead, and now is gone."""
+    try:
+        if orphan.status() != psutil.STATUS_ZOMBIE:
+            return False
+        os.waitpid(orphan.pid, os.WNOHANG)
+    except (psutil.NoSuchProcess, ChildProcessError):
+        pass
+    return True
+
+
 def _end_orphan(orphan: psutil.Process, ended: dict[int, str], *, by_force: bool) -> None:
-    """Reaps one that is dead, asks one that has not been asked, kills one that did not listen."""
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        if orphan.status() == psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(orphan.pid, os.WNOHANG)
-        elif by_force:
+        if by_force:
             kill_tree(orphan.pid)
         elif orphan.pid not in ended:
             ended[orphan.pid] = orphan.name()
             orphan.terminate()
+
+
+def _sockets_of(process: psutil.Process) -> set[Path]:
+    """Unix sockets that it listens on, in the file system."""
+    try:
+        connections = process.net_connections(kind="unix")
+    except psutil.Error:
+        return set()
+    return {Path(str(connection.laddr)) for connection in connections if str(connection.laddr).startswith("/")}
+
+
+def _remove_socket(path: Path) -> None:
+    """With the folder made for it, if that is its only use."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        if path.parent.name.startswith("torch-shm-dir-"):
+            path.parent.rmdir()
