@@ -1,4 +1,4 @@
-"""The demo's own part: it starts, listens, notices who leaves early and cleans up. Stand-ins play the other processes."""
+"""The demo's own part: it starts, listens, notices who leaves early, cleans up. Stand-ins play the other processes."""
 
 from __future__ import annotations
 

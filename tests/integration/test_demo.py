@@ -1,0 +1,91 @@
+"""A real swarm of processes trains exactly what one process trains: the same losses and weights, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CASES = [
+    ("tiny", 2, "int4"),
+    ("tiny", 3, "none"),
+    ("tiny", 4, "int4"),
+    ("qwen3-tiny", 3, "int4"),
+    ("qwen3-tiny", 4, "none"),
+]
+Line = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For caches and temporary files of all runs here: nothing of this machine's user is read or written."""
+    return tmp_path_factory.mktemp("demo")
+
+
+def run(folder: Path, command: str, *options: str) -> list[Line]:
+    """A command's --json lines; that stdout holds nothing else is part of every test here."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "XDG_STATE_HOME": str(folder / "state"),
+        "TMPDIR": str(folder),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "node.cli", command, *options, "--threads", "1", "--json"],
+        capture_output=True,
+        env=environment,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@cache
+def reference(folder: Path, preset: str, stages: int, codec: str) -> list[Line]:
+    return run(folder, "reference", "--preset", preset, "--stages", str(stages), "--codec", codec)
+
+
+def demo(folder: Path, preset: str, stages: int, codec: str, *options: str) -> list[Line]:
+    return run(folder, "demo", "--preset", preset, "--stages", str(stages), "--codec", codec, *options)
+
+
+def steps(lines: list[Line]) -> list[tuple[int, float, int]]:
+    return [(line["step"], line["loss"], line["tokens"]) for line in lines if line["event"] == "step"]
+
+
+def assert_equal_training(swarm: list[Line], single: list[Line]) -> None:
+    assert steps(swarm) == steps(single)
+    assert [step for step, _, _ in steps(swarm)] == [1, 2, 3, 4]
+    for key in ("val_loss_before", "val_loss", "weights_digest"):
+        assert swarm[-1][key] == single[-1][key]
+
+
+@pytest.mark.parametrize(("preset", "stages", "codec"), CASES)
+def test_a_swarm_trains_the_same_bits_as_one_process(folder: Path, preset: str, stages: int, codec: str) -> None:
+    lines = demo(folder, preset, stages, codec)
+    assert [line["event"] for line in lines] == ["step"] * 4 + ["summary"]
+    assert_equal_training(lines, reference(folder, preset, stages, codec))
+    assert lines[-1]["restarts"] == 0
+    for line in lines[:-1]:
+        assert 0 < line["wire_bytes"] < line["dense_bytes"]
+        assert line["seconds"] > 0
+    compression = sum(line["dense_bytes"] for line in lines[:-1]) / sum(line["wire_bytes"] for line in lines[:-1])
+    assert lines[-1]["wire_compression"] == pytest.approx(compression)
+    assert not list(folder.glob("resbm-node-demo-*"))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_kill_9_in_the_middle_of_a_step_changes_no_bit(folder: Path, stage: int) -> None:
+    """The first, an inner and the last stage. The run is also a second one of its kind: twice the same digest."""
+    lines = demo(folder, "tiny", 4, "int4", "--kill-stage", str(stage), "--kill-at-step", "3")
+    assert_equal_training(lines, reference(folder, "tiny", 4, "int4"))
+    assert lines[-1]["restarts"] == 1
