@@ -152,6 +152,16 @@ def test_anchors_start_as_copies_of_the_embedding_and_independent_ones_do_not() 
         assert not any(name.startswith("anchors.") for name in none)
 
 
+def test_the_decoded_stream_starts_a_little_above_the_anchor_and_raw_streams_keep_their_scale() -> None:
+    for width in (2, 8, 32):
+        config = run(bottleneck={"width": width, "projection": "none", "anchor": "none"})
+        stage = StageModule(config, 1)
+        stream, _ = stage._enter(token_ids(), torch.ones(B, T, width))
+        assert float(stream.detach().square().mean().sqrt()) == pytest.approx(2.5 * 0.02, rel=1e-5)
+    raw = run(bottleneck={"norm": False}, codec={"forward": "none", "backward": "none"})
+    assert torch.equal(StageModule(raw, 1).boundaries["0"].gain, torch.ones(raw.latent_width))
+
+
 def test_names_say_where_a_parameter_belongs() -> None:
     names = [[name for name, _ in StageModule(run(), stage).named_global_parameters()] for stage in range(3)]
     outside = [[name for name in stage if not name.startswith("model.layers.")] for stage in names]
