@@ -36,7 +36,7 @@ class StageParts:
 
     def joined(self, identity: LinkIdentity, report: Callable[[Report], None]) -> StagePeer:
         """The peer over gRPC. Call on the event loop."""
-        wire = WireFormat(self.config)
+        wire = WireFormat(self.config, self.trainer.profile)
         return StagePeer(
             identity=identity,
             ledger=self.ledger,

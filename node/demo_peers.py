@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resbm_pb import errors_pb2 as codes
 
-from node.events import CHECK_NAMES, Assigned, Check, Complete, Error, Event, Live, StageStep, Worker
+from node.events import CHECK_NAMES, Assigned, Check, Complete, Error, Event, Live, MemoryUse, StageStep, Worker
 from node.processes import BoundedLog
 
 
@@ -18,6 +18,7 @@ class PeerView:
         self.live: Live | None = None
         self.is_live = False
         self.complete = False
+        self.memory: MemoryUse | None = None
         self.step = 0
         self.worker_pid: int | None = None
         self.restarts = 0
@@ -34,7 +35,7 @@ class PeerView:
             case StageStep():
                 self.step = event.step
             case Complete():
-                self.complete, self.doing = True, "complete"
+                self.complete, self.memory, self.doing = True, event.memory, "complete"
             case Error():
                 self.error, self.doing = event, f"E{event.code}"
             case Worker():

@@ -100,6 +100,13 @@ class LinkTraffic(Frozen):
         return self.wire_bytes_forward + self.wire_bytes_backward
 
 
+class WorkTime(Frozen):
+    """Time of one kind of work, see stage_server/profile.py."""
+
+    seconds: float = Field(ge=0, description="wall time")
+    cpu_seconds: float = Field(ge=0, description="of the thread that did it")
+
+
 class StageStep(Frozen):
     """One stage has committed one step. A restarted worker may repeat steps, with the same loss."""
 
@@ -114,6 +121,7 @@ class StageStep(Frozen):
     wait_seconds: float = Field(ge=0, description="spent waiting for neighbours")
     gradient_norm: float
     link: LinkTraffic | None = Field(description="link to the next stage; None on the last stage")
+    work: dict[str, WorkTime] = Field(default_factory=dict, description="by kind of work, since the previous commit")
 
 
 class Evaluation(Frozen):
@@ -145,12 +153,24 @@ class Link(Frozen):
     detail: str
 
 
+class MemoryUse(Frozen):
+    """What a worker's memory was at most, and what its trainer accounts for. All in bytes."""
+
+    base_bytes: int = Field(ge=0, description="resident before weights were loaded: Python, torch, the directory")
+    peak_bytes: int = Field(ge=0, description="most ever resident")
+    parameters_bytes: int = Field(ge=0)
+    gradients_bytes: int = Field(ge=0, description="one for each parameter")
+    optimizer_bytes: int = Field(ge=0)
+    activations_bytes: int = Field(ge=0, description="most held at once, of all microbatches in flight")
+
+
 class Complete(Frozen):
     """Every step of the run is committed and saved. The worker stays to hand out its weights until it is drained."""
 
     event: Literal["complete"] = "complete"
     stage: int
     step: int
+    memory: MemoryUse | None = None
 
 
 class Error(Frozen):

@@ -6,9 +6,10 @@ exact), so the first report of a stage about a step counts and later ones do not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from node.events import StageStep, Step
+from node.events import StageStep, Step, WorkTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class StageTotals:
     dense_bytes: int = 0
     wire_bytes_forward: int = 0
     wire_bytes_backward: int = 0
+    work: Mapping[str, WorkTime] = field(default_factory=dict)  # by kind of work
 
     def plus(self, step: StageStep) -> StageTotals:
         link = step.link
@@ -34,11 +36,22 @@ class StageTotals:
             dense_bytes=self.dense_bytes + (link.dense_bytes if link else 0),
             wire_bytes_forward=self.wire_bytes_forward + (link.wire_bytes_forward if link else 0),
             wire_bytes_backward=self.wire_bytes_backward + (link.wire_bytes_backward if link else 0),
+            work=_sum(self.work, step.work),
         )
 
     @property
     def wire_bytes(self) -> int:
         return self.wire_bytes_forward + self.wire_bytes_backward
+
+
+def _sum(one: Mapping[str, WorkTime], other: Mapping[str, WorkTime]) -> dict[str, WorkTime]:
+    """Times by kind of work, of both together."""
+    none = WorkTime(seconds=0.0, cpu_seconds=0.0)
+    pairs = {kind: (one.get(kind, none), other.get(kind, none)) for kind in one.keys() | other.keys()}
+    return {
+        kind: WorkTime(seconds=a.seconds + b.seconds, cpu_seconds=a.cpu_seconds + b.cpu_seconds)
+        for kind, (a, b) in pairs.items()
+    }
 
 
 class StepAggregator:

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from node.events import Checkpoint, Complete, Evaluation, Event, Link, LinkTraffic, StageStep
+from node import resident
+from node.events import Checkpoint, Complete, Evaluation, Event, Link, LinkTraffic, MemoryUse, StageStep, WorkTime
 from node.metrics import WorkerMetrics
+from stage_server.profile import WorkTimes
 from stage_server.reports import (
     CheckpointReport,
     CompleteReport,
@@ -17,6 +19,7 @@ from stage_server.reports import (
     Report,
     StepReport,
 )
+from stage_server.trainer import MemoryReport
 
 _RECENT_STEPS = 8  # rates are told over the last few steps
 
@@ -36,6 +39,8 @@ class EventReporter:
     """Given to a StagePeer as its `report`. Lives on the event loop's thread."""
 
     def __init__(self, stage: int, metrics: WorkerMetrics, emit: Callable[[Event], None]) -> None:
+        """Make it before the stage's weights: memory that is resident now counts as the process's own."""
+        self._base_bytes = resident.now_bytes()
         self.metrics = metrics
         self.complete = False
         self.state_changed = asyncio.Event()
@@ -51,7 +56,7 @@ class EventReporter:
         if isinstance(report, CompleteReport):
             self.complete = True
             self.state_changed.set()
-        event = _as_event(self._stage, report)
+        event = _as_event(self._stage, report, self._base_bytes)
         self.metrics.observe(event)
         self._emit(event)
 
@@ -70,7 +75,7 @@ class EventReporter:
         )
 
 
-def _as_event(stage: int, report: Report) -> Event:
+def _as_event(stage: int, report: Report, base_bytes: int) -> Event:
     match report:
         case StepReport():
             return _step_event(stage, report)
@@ -80,8 +85,8 @@ def _as_event(stage: int, report: Report) -> Event:
             return Checkpoint(stage=stage, step=step, seconds=duration.total_seconds(), size_bytes=size_bytes)
         case LinkReport(side, is_open, detail):
             return Link(stage=stage, side=side.value, state="open" if is_open else "lost", detail=detail)
-        case CompleteReport(step):
-            return Complete(stage=stage, step=step)
+        case CompleteReport(step, memory):
+            return Complete(stage=stage, step=step, memory=_memory_use(memory, base_bytes))
 
 
 def _step_event(stage: int, report: StepReport) -> StageStep:
@@ -103,4 +108,22 @@ def _step_event(stage: int, report: StepReport) -> StageStep:
             wire_bytes_forward=link.wire_bytes_forward,
             wire_bytes_backward=link.wire_bytes_backward,
         ),
+        work=_work_times(report.work),
+    )
+
+
+def _work_times(work: WorkTimes) -> dict[str, WorkTime]:
+    return {
+        kind.value: WorkTime(seconds=spent.wall_seconds, cpu_seconds=spent.cpu_seconds) for kind, spent in work.items()
+    }
+
+
+def _memory_use(memory: MemoryReport, base_bytes: int) -> MemoryUse:
+    return MemoryUse(
+        base_bytes=base_bytes,
+        peak_bytes=resident.peak_bytes(),
+        parameters_bytes=memory.parameters_bytes,
+        gradients_bytes=memory.parameters_bytes,  # gone after a commit; each parameter has one before it
+        optimizer_bytes=memory.optimizer_bytes,
+        activations_bytes=memory.peak_activations_bytes,
     )

@@ -24,6 +24,7 @@ from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindN
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
 from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession, Outbound
+from stage_server.profile import Work
 from stage_server.reports import (
     CheckpointReport,
     CompleteReport,
@@ -163,7 +164,7 @@ class StagePeer:
     async def _wait(self) -> None:
         if self.ledger.complete and not self._reported_complete:
             self._reported_complete = True
-            self._report(CompleteReport(StepIndex(self.ledger.committed)))
+            self._report(CompleteReport(StepIndex(self.ledger.committed), self._trainer.memory()))
         with self._clock.waiting():
             await self._wake.wait()
 
@@ -186,7 +187,8 @@ class StagePeer:
                 return self._trainer.commit(step)
             case Checkpoint(step):
                 started = time.monotonic()
-                size = self._checkpoints.save(step, self._trainer.state_tensors())
+                with self._trainer.profile.span(Work.CHECKPOINT):
+                    size = self._checkpoints.save(step, self._trainer.state_tensors())
                 return CheckpointReport(step, timedelta(seconds=time.monotonic() - started), size)
 
     def _compute_forward(self, name: MicrobatchId, payload: LatentMicrobatch | None) -> Any:
@@ -208,7 +210,8 @@ class StagePeer:
     def _read(self, name: MicrobatchId) -> TokenIds:
         if self._source is None:
             raise ProtocolViolation(f"stage {self.identity.stage} has no data of its own, yet {name} came without any")
-        return self._source(name)
+        with self._trainer.profile.span(Work.DATA):
+            return self._source(name)
 
     # -- outcomes -----------------------------------------------------------------------------------------------
 
@@ -258,6 +261,7 @@ class StagePeer:
                 wait=wait,
                 gradient_norm=outcome.gradient_norm,
                 link=None if self.ledger.is_last else link,
+                work=self._trainer.profile.lap(),
             )
         )
 

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 from stage_server.ids import StepIndex
 from stage_server.ledger import Side
+from stage_server.profile import WorkTimes
+from stage_server.trainer import MemoryReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class StepReport:
     wait: timedelta
     gradient_norm: float
     link: LinkBytes | None
+    work: WorkTimes  # since the commit before
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class CompleteReport:
     """Every step of the run is committed and saved here."""
 
     step: StepIndex
+    memory: MemoryReport
 
 
 Report = StepReport | EvaluationReport | CheckpointReport | LinkReport | CompleteReport

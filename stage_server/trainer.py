@@ -35,6 +35,7 @@ from stage_server.errors import CheckpointInvalid, NotFinite, ProtocolViolation
 from stage_server.ids import MicrobatchId
 from stage_server.module import StageModule, next_token_loss
 from stage_server.optimizer import CommitReport, StageOptimizer
+from stage_server.profile import Profile, Work
 
 TokenIds = npt.NDArray[np.int32]
 _PARAMETER = "parameter."
@@ -91,6 +92,7 @@ class StageTrainer:
     ) -> None:
         self.config, self.run_id, self.stage = config, run_id, stage
         self.device = torch.device(device)
+        self.profile = Profile()
         self.module = StageModule(config, stage, self.device)
         self._parameters = dict(self.module.named_global_parameters())
         self._optimizer = StageOptimizer(self._parameters, config.optimizer, config.stages, config.plan.steps)
@@ -170,7 +172,8 @@ class StageTrainer:
         """
         if self._graphs or self._inputs:
             raise ProtocolViolation(f"step {step} cannot be committed: {self.num_in_flight} microbatches are in flight")
-        return self._optimizer.step(step)
+        with self.profile.span(Work.OPTIMIZER):
+            return self._optimizer.step(step)
 
     def discard(self) -> None:
         """Forget every microbatch in flight and all gradients; weights and optimizer stay as last committed."""
@@ -236,7 +239,7 @@ class StageTrainer:
             received_BTh = self._unpack(inputs.latents, forward_encoding(self.config.codec))
             received_BTh.requires_grad_(torch.is_grad_enabled())
         ids = torch.from_numpy(inputs.token_ids).to(self.device, torch.int64)
-        with self._meter.measuring() as note, autocast(self.config, self.device):
+        with self.profile.span(Work.FORWARD), self._meter.measuring() as note, autocast(self.config, self.device):
             output = self.module(ids[:, :-1], received_BTh)
             if self.module.is_last:
                 output = next_token_loss(output, ids[:, 1:])
@@ -246,7 +249,8 @@ class StageTrainer:
         return _Graph(received_BTh, output)
 
     def _backward(self, name: MicrobatchId, graph: _Graph, gradient: Tensor) -> Packed | None:
-        torch.autograd.backward(graph.output, gradient)
+        with self.profile.span(Work.BACKWARD):
+            torch.autograd.backward(graph.output, gradient)
         if graph.received_BTh is None:
             return None
         sent_BTh = graph.received_BTh.grad
@@ -255,16 +259,19 @@ class StageTrainer:
         codec = self.config.codec
         encoding = backward_encoding(codec)
         generator = rounding_generator(codec, self.run_id, name, self.stage - 1)
-        return pack(sent_BTh, encoding, clip_for(codec, encoding), generator)
+        with self.profile.span(Work.PACK):
+            return pack(sent_BTh, encoding, clip_for(codec, encoding), generator)
 
     def _pack_latents(self, output_BTh: Tensor) -> Packed:
         encoding = forward_encoding(self.config.codec)
-        return pack(output_BTh, encoding, clip_for(self.config.codec, encoding))
+        with self.profile.span(Work.PACK):
+            return pack(output_BTh, encoding, clip_for(self.config.codec, encoding))
 
     def _unpack(self, packed: Packed, encoding: Encoding) -> Tensor:
         plan = self.config.plan
         require(packed, encoding, plan.batch, plan.tokens, self.config.latent_width)
-        return unpack(packed, clip_for(self.config.codec, encoding), self.device)
+        with self.profile.span(Work.UNPACK):
+            return unpack(packed, clip_for(self.config.codec, encoding), self.device)
 
     def _forget(self, name: MicrobatchId) -> None:
         self._graphs.pop(name, None)

@@ -30,6 +30,7 @@ from stage_server.errors import (
     WrongToken,
 )
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
+from stage_server.profile import Profile, Work
 
 PROTOCOL_VERSION = 1
 DENSE_BYTES_PER_VALUE = 2  # bf16, what the uncompressed activations would have cost
@@ -60,9 +61,10 @@ class GradientMicrobatch:
 
 
 class WireFormat:
-    """Encodes and decodes the microbatches of one run."""
+    """Encodes and decodes the microbatches of one run. `profile` is told the time that takes."""
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, profile: Profile | None = None) -> None:
+        self._profile = profile or Profile()
         self.batch = config.plan.batch
         self.tokens = config.plan.tokens
         self.width = config.latent_width
@@ -82,63 +84,68 @@ class WireFormat:
 
     def encode_token_ids(self, token_ids: TokenIds) -> tensors_pb2.TokenIds:
         """[B, T+1] ids as the smaller of: packed at ceil(log2 V) bits, or 16/32-bit compressed."""
-        bits = max(1, (self.vocab_size - 1).bit_length())
-        packed = _pack_bits(token_ids.reshape(-1), bits)
-        message = tensors_pb2.TokenIds(batch=token_ids.shape[0], length=token_ids.shape[1], bits=bits, data=packed)
-        if self._level:
-            wide = np.dtype("<u2" if bits <= 16 else "<u4")
-            compressed = zstandard.compress(token_ids.astype(wide).tobytes(), self._level)
-            if len(compressed) < len(packed):
-                message.bits, message.data = 8 * wide.itemsize, compressed
-                message.compression = tensors_pb2.COMPRESSION_ZSTD
-        return message
+        with self._profile.span(Work.ENCODE):
+            bits = max(1, (self.vocab_size - 1).bit_length())
+            packed = _pack_bits(token_ids.reshape(-1), bits)
+            message = tensors_pb2.TokenIds(batch=token_ids.shape[0], length=token_ids.shape[1], bits=bits, data=packed)
+            if self._level:
+                wide = np.dtype("<u2" if bits <= 16 else "<u4")
+                compressed = zstandard.compress(token_ids.astype(wide).tobytes(), self._level)
+                if len(compressed) < len(packed):
+                    message.bits, message.data = 8 * wide.itemsize, compressed
+                    message.compression = tensors_pb2.COMPRESSION_ZSTD
+            return message
 
     def encode_latents(self, name: MicrobatchId, token_ids: tensors_pb2.TokenIds, latents: Packed) -> stage_pb2.Latents:
         """The message for one microbatch on its way forward."""
-        message = stage_pb2.Latents(
-            step=name.step,
-            kind=_wire_kind(name),
-            index=name.index,
-            token_ids=token_ids,
-            latents=self._encode_packed(latents, compress_values=True),
-        )
-        message.checksum = _latents_checksum(message)
-        return message
+        with self._profile.span(Work.ENCODE):
+            message = stage_pb2.Latents(
+                step=name.step,
+                kind=_wire_kind(name),
+                index=name.index,
+                token_ids=token_ids,
+                latents=self._encode_packed(latents, compress_values=True),
+            )
+            message.checksum = _latents_checksum(message)
+            return message
 
     def decode_latents(self, message: stage_pb2.Latents) -> LatentMicrobatch:
         """Validates and unpacks; raises a FrameError that says what is wrong."""
-        name = decode_name(message.step, message.kind, message.index)
-        if message.checksum != _latents_checksum(message):
-            raise CorruptFrame(f"the checksum of the latents of {name} does not match")
-        return LatentMicrobatch(
-            name,
-            self._decode_token_ids(message.token_ids),
-            self._decode_packed(message.latents, self.forward),
-            message.token_ids,
-        )
+        with self._profile.span(Work.DECODE):
+            name = decode_name(message.step, message.kind, message.index)
+            if message.checksum != _latents_checksum(message):
+                raise CorruptFrame(f"the checksum of the latents of {name} does not match")
+            return LatentMicrobatch(
+                name,
+                self._decode_token_ids(message.token_ids),
+                self._decode_packed(message.latents, self.forward),
+                message.token_ids,
+            )
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
     def encode_gradients(self, name: MicrobatchId, loss: float, gradients: Packed | None) -> stage_pb2.Gradients:
         """The message for one microbatch on its way back."""
-        message = stage_pb2.Gradients(step=name.step, kind=_wire_kind(name), index=name.index, loss=loss)
-        if gradients is not None:
-            # 4-bit gradient codes are nearly incompressible (0.95 of their size); their scales are not.
-            message.gradients.CopyFrom(self._encode_packed(gradients, compress_values=False))
-        message.checksum = _gradients_checksum(message)
-        return message
+        with self._profile.span(Work.ENCODE):
+            message = stage_pb2.Gradients(step=name.step, kind=_wire_kind(name), index=name.index, loss=loss)
+            if gradients is not None:
+                # 4-bit gradient codes are nearly incompressible (0.95 of their size); their scales are not.
+                message.gradients.CopyFrom(self._encode_packed(gradients, compress_values=False))
+            message.checksum = _gradients_checksum(message)
+            return message
 
     def decode_gradients(self, message: stage_pb2.Gradients) -> GradientMicrobatch:
         """Validates and unpacks; raises a FrameError that says what is wrong."""
-        name = decode_name(message.step, message.kind, message.index)
-        if message.checksum != _gradients_checksum(message):
-            raise CorruptFrame(f"the checksum of the gradients of {name} does not match")
-        if not (math.isfinite(message.loss) and abs(message.loss) <= MAX_LOSS):
-            raise NotFinite(f"the loss of {name} is {message.loss}")
-        if message.HasField("gradients") != (name.kind is MicrobatchKind.TRAIN):
-            raise ProtocolViolation(f"gradients go with training and only with it, not so for {name}")
-        gradients = self._decode_packed(message.gradients, self.backward) if message.HasField("gradients") else None
-        return GradientMicrobatch(name, message.loss, gradients)
+        with self._profile.span(Work.DECODE):
+            name = decode_name(message.step, message.kind, message.index)
+            if message.checksum != _gradients_checksum(message):
+                raise CorruptFrame(f"the checksum of the gradients of {name} does not match")
+            if not (math.isfinite(message.loss) and abs(message.loss) <= MAX_LOSS):
+                raise NotFinite(f"the loss of {name} is {message.loss}")
+            if message.HasField("gradients") != (name.kind is MicrobatchKind.TRAIN):
+                raise ProtocolViolation(f"gradients go with training and only with it, not so for {name}")
+            gradients = self._decode_packed(message.gradients, self.backward) if message.HasField("gradients") else None
+            return GradientMicrobatch(name, message.loss, gradients)
 
     # -- parts --------------------------------------------------------------------------------------------------
 

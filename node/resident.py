@@ -1,0 +1,26 @@
+"""How much of the machine's memory this process takes."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def now_bytes() -> int:
+    """Resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most that was ever resident."""
+    if sys.platform == "linux":
+        # getrusage hands on the peak of the process that started this one; VmHWM is this program's own
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) << 10
+    in_bytes = sys.platform == "darwin"  # elsewhere in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if in_bytes else 10)
