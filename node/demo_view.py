@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from node.data import Corpus
 
 _RECENT_STEPS = 20
+_REDRAW_PERIOD_SECONDS = 0.1
 
 
 class DemoView(Protocol):
@@ -87,6 +88,7 @@ class ConsoleView:
         self._last: Step | None = None
         self._totals: StepAggregator | None = None
         self._last_at = 0.0
+        self._drawn_at = 0.0
         self._printed_at = -PLAIN_PERIOD_SECONDS
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         # No refresh thread: the demo forks, and a fork should happen with one thread.
@@ -103,6 +105,8 @@ class ConsoleView:
 
     def begin(self, corpus: Corpus) -> None:
         config = self._config
+        if self._live:
+            self._live.update("starting the coordinator", refresh=True)
         self._console.print(
             f"[bold]{config.name}[/] run {config.run_id}: {config.model.model_type}, "
             f"{config.model.num_hidden_layers} layers of width {config.model.hidden_size} in {config.stages} stages; "
@@ -144,13 +148,13 @@ class ConsoleView:
 
     def _draw(self, now: float) -> None:
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
 
-        if self._live is None:
+        if self._live is None or not self._peers or now - self._drawn_at < _REDRAW_PERIOD_SECONDS:
             return
+        self._drawn_at = now
         parts: list[RenderableType] = [peer_table(self._peers, self._config.plan.steps)]
         if self._last is not None:
-            parts.append(ProgressBar(total=self._config.plan.steps, completed=self._last.step, width=60))
+            parts.append(bar(self._last.step, self._config.plan.steps))
             parts.append(self._progress_line(now))
         self._live.update(Group(*parts), refresh=True)
 
@@ -189,6 +193,12 @@ class ConsoleView:
         if self._live:
             self._live.stop()
             self._live = None
+
+
+def bar(done: int, total: int, width: int = 60) -> str:
+    """How far, as rich markup."""
+    full = width * done // total
+    return f"[green]{'━' * full}[/][dim]{'━' * (width - full)}[/]"
 
 
 def peer_table(peers: Sequence[PeerView], steps: int) -> Table:
