@@ -63,7 +63,9 @@ class Presence:
 
     async def follow(self) -> None:
         """Keeps the peer's next hop known for ever. Raises DirectoryLost when the directory died."""
-        while not self._peer.ledger.is_last:
+        if self._peer.ledger.is_last:
+            await asyncio.Event().wait()
+        while True:
             await self._unless_dead(self._look)
             linked = self._peer.links_open[Side.DOWNSTREAM]
             await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())

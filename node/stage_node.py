@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 from resbm_pb import stage_pb2
 
@@ -31,6 +29,7 @@ from node.metrics import MetricsServer, WorkerMetrics
 from node.presence import Presence, report_load
 from node.reporting import EventReporter
 from node.version import __version__
+from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, PortTaken, RewindNeeded
 from stage_server.grpc_links import describe
 from stage_server.links import LinkIdentity
@@ -187,9 +186,11 @@ class StageNode:
         reporter.metrics.observe(live)
         emit(live)
         try:
-            await _first_to_end(
-                peer.run(), presence.keep(), presence.follow(), report_load(peer, reporter.metrics), ends_with=0
+            errors = await until_first_ends(
+                peer.run(), presence.keep(), presence.follow(), report_load(peer, reporter.metrics)
             )
+            if errors:
+                raise errors[0]
         except RewindNeeded as error:
             peer.go_back(error.to_step)
             raise
@@ -215,19 +216,3 @@ class StageNode:
             software_version=__version__,
             durable_step=peer.ledger.durable,
         )
-
-
-async def _first_to_end(*work: Coroutine[Any, Any, None], ends_with: int) -> None:
-    """Runs all until the one at `ends_with` returns or any raises; cancels the rest."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in work]
-    leading = tasks[ends_with]
-    pending = set(tasks)
-    try:
-        while not leading.done():
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -104,16 +104,23 @@ class _ClientStream:
         self._channel = channel
         self._endpoint = endpoint
         self._call = stub(channel).Link()
+        self._closed = False
 
     async def send(self, frame: Frame) -> None:
         try:
             await self._call.write(frame)  # type: ignore[arg-type]
+        except asyncio.CancelledError:
+            self._raise_if_closed_here()
+            raise
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise await self._over() from None
 
     async def receive(self) -> Frame:
         try:
             frame = await self._call.read()
+        except asyncio.CancelledError:
+            self._raise_if_closed_here()
+            raise
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise await self._over() from None
         if not isinstance(frame, stage_pb2.DownstreamFrame):  # grpc.aio.EOF
@@ -123,6 +130,7 @@ class _ClientStream:
     async def close(self, reason: Exception | None = None) -> None:
         if isinstance(reason, StageError) and not isinstance(reason, LinkLost):
             await self._refuse(reason)
+        self._closed = True
         self._call.cancel()
         await self._channel.close()
 
@@ -141,7 +149,13 @@ class _ClientStream:
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
 
+    def _raise_if_closed_here(self) -> None:
+        """gRPC reports a call that this end cancelled as a cancelled task, which is something else entirely."""
+        if self._closed:
+            raise LinkLost(f"the link to {self._endpoint} is closed") from None
+
     async def _over(self) -> StageError:
+        self._raise_if_closed_here()
         details = await self._call.details() or "no reason given"
         code = dict((await self._call.trailing_metadata()) or ()).get(ERROR_METADATA)
         if code is None:

@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 
 from resbm_pb import stage_pb2
 
+from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
 from stage_server.ids import MicrobatchId
 from stage_server.ledger import Forwarded, Returned, Side
@@ -28,6 +29,7 @@ STATUS_INTERVAL = timedelta(seconds=1)
 SILENCE_LIMIT = timedelta(seconds=20)  # a live neighbour says something every STATUS_INTERVAL
 HANDSHAKE_LIMIT = timedelta(seconds=20)
 MAX_MICROBATCHES_PER_FRAME = 16
+MAX_FRAMES_AHEAD = 4096  # of one that is missing; a stream in order never has any
 MAX_BYTES_PER_FRAME = 1 << 20  # coalescing stops here; one large microbatch still travels whole
 
 
@@ -103,8 +105,8 @@ class LinkSession:
         self._side = side
         self._host = host
         self._queue: asyncio.Queue[Outbound | stage_pb2.Goodbye | None] = asyncio.Queue()
-        self._num_sent = 0
-        self._num_received = 0
+        self._frames_sent = 0
+        self._arrivals = _Arrivals()
         self._statuses_sent = 0
         self._newest_status = 0
         self._last_heard = 0.0
@@ -141,8 +143,6 @@ class LinkSession:
             await self._pump()
         except TimeoutError:
             reason = LinkLost(f"the {self._side} neighbour did not finish its handshake")
-        except ExceptionGroup as group:
-            reason = _first_of(group)
         except Exception as error:  # noqa: BLE001 - told to the neighbour below, then raised
             reason = error
         finally:
@@ -193,10 +193,9 @@ class LinkSession:
     # -- pumps --------------------------------------------------------------------------------------------------
 
     async def _pump(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send_queued())
-            tasks.create_task(self._receive())
-            tasks.create_task(self._watch())
+        errors = await until_first_ends(self._send_queued(), self._receive(), self._watch())
+        # A refusal says more than the broken stream it causes.
+        raise next((error for error in errors if not isinstance(error, LinkLost)), errors[0])
 
     async def _send_queued(self) -> None:
         while True:
@@ -228,11 +227,13 @@ class LinkSession:
         if not items:
             return
         bodies = [item.body for item in items]
+        self._frames_sent += 1
         if self._side is Side.DOWNSTREAM:
-            frame: Frame = stage_pb2.UpstreamFrame(latents=stage_pb2.LatentsFrame(microbatches=bodies))
+            latents = stage_pb2.LatentsFrame(microbatches=bodies, sequence=self._frames_sent)
+            frame: Frame = stage_pb2.UpstreamFrame(latents=latents)
         else:
-            frame = stage_pb2.DownstreamFrame(gradients=stage_pb2.GradientsFrame(microbatches=bodies))
-        self._num_sent += len(items)
+            gradients = stage_pb2.GradientsFrame(microbatches=bodies, sequence=self._frames_sent)
+            frame = stage_pb2.DownstreamFrame(gradients=gradients)
         await self._stream.send(frame)
         self._host.count_sent(self._side, frame.ByteSize(), items)
 
@@ -240,7 +241,7 @@ class LinkSession:
         committed, durable = self._host.link_status(self._side)
         self._statuses_sent += 1
         status = stage_pb2.LinkStatus(
-            microbatches_sent=self._num_sent,
+            frames_sent=self._frames_sent,
             committed_step=committed,
             durable_step=durable,
             sequence=self._statuses_sent,
@@ -274,7 +275,7 @@ class LinkSession:
             self._take_status(frame.status)
         elif body in ("latents", "gradients"):
             data = frame.latents if isinstance(frame, stage_pb2.UpstreamFrame) else frame.gradients
-            self._num_received += len(data.microbatches)
+            self._arrivals.note(data.sequence)
             self._host.link_received(self._side, frame)
         elif body == "goodbye":
             if frame.goodbye.reason == stage_pb2.Goodbye.REASON_REFUSED:
@@ -284,9 +285,8 @@ class LinkSession:
             raise ProtocolViolation(f"a frame with {body or 'nothing'} in it where the link is open already")
 
     def _take_status(self, status: stage_pb2.LinkStatus) -> None:
-        if status.microbatches_sent > self._num_received:
-            missing = status.microbatches_sent - self._num_received
-            raise LinkLost(f"{missing} microbatches from {self._side} were lost on the way")
+        if status.frames_sent > self._arrivals.all_up_to:
+            raise LinkLost(f"frame {self._arrivals.all_up_to + 1} from {self._side} was lost on the way")
         if status.sequence <= self._newest_status:
             return
         self._newest_status = status.sequence
@@ -305,7 +305,18 @@ class LinkSession:
                 raise LinkLost(f"the {self._side} neighbour has been silent for {SILENCE_LIMIT.total_seconds():.0f} s")
 
 
-def _first_of(group: ExceptionGroup[Exception]) -> Exception:
-    """The one error that ended a session; a refusal says more than the broken stream it causes."""
-    leaves = [_first_of(error) if isinstance(error, ExceptionGroup) else error for error in group.exceptions]
-    return next((error for error in leaves if not isinstance(error, LinkLost)), leaves[0])
+class _Arrivals:
+    """Which of the neighbour's numbered frames are here."""
+
+    def __init__(self) -> None:
+        self.all_up_to = 0  # every frame up to this one has arrived
+        self._beyond: set[int] = set()
+
+    def note(self, sequence: int) -> None:
+        if sequence > self.all_up_to + MAX_FRAMES_AHEAD:
+            raise ProtocolViolation(f"frame {sequence} follows frame {self.all_up_to}")
+        if sequence > self.all_up_to:
+            self._beyond.add(sequence)
+        while self.all_up_to + 1 in self._beyond:
+            self.all_up_to += 1
+            self._beyond.remove(self.all_up_to)

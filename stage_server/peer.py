@@ -20,6 +20,7 @@ from typing import Any
 from resbm_pb import stage_pb2
 
 from stage_server.checkpoint import CheckpointStore
+from stage_server.concurrency import until_first_ends
 from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
@@ -105,20 +106,9 @@ class StagePeer:
 
         Raises RewindNeeded, StateLost, CheckpointUnwritable or NotFinite when it cannot go on.
         """
-        background = [asyncio.create_task(self._fail_when_told())]
-        if not self.ledger.is_last:
-            background.append(asyncio.create_task(self._keep_downstream()))
-        work = asyncio.create_task(self._work())
-        try:
-            await asyncio.wait({work, *background}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (work, *background):
-                if task.done():
-                    task.result()  # raises what ended it
-            await self._leave()
-        finally:
-            for task in (work, *background):
-                task.cancel()
-            await asyncio.gather(work, *background, return_exceptions=True)
+        errors = await until_first_ends(self._work_and_leave(), self._keep_downstream(), self._fail_when_told())
+        if errors:
+            raise errors[0]
 
     def drain(self) -> None:
         """Finish the task at hand, save, say goodbye; `run` returns then."""
@@ -140,6 +130,10 @@ class StagePeer:
 
     async def _fail_when_told(self) -> None:
         await self._failure
+
+    async def _work_and_leave(self) -> None:
+        await self._work()
+        await self._leave()
 
     async def _leave(self) -> None:
         complete = self.ledger.complete
@@ -314,7 +308,7 @@ class StagePeer:
     async def _keep_downstream(self) -> None:
         pause = REDIAL_FIRST
         while True:
-            await self._next_hop_known.wait()
+            await self._next_hop_known.wait()  # for ever on the last stage
             if self._next_hop is None:
                 raise ProtocolViolation("a next hop was announced without an address")
             try:

@@ -221,6 +221,9 @@ class LatentsFrame(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MICROBATCHES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Counts the data frames of this link and direction, from 1, so that one lost or doubled on the way is noticed."""
     @_builtins.property
     def microbatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Latents]:
         """At least one."""
@@ -229,10 +232,11 @@ class LatentsFrame(_message.Message):
         self,
         *,
         microbatches: _abc.Iterable[Global___Latents] | None = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatches", b"microbatches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatches", b"microbatches", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,6 +295,9 @@ class GradientsFrame(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MICROBATCHES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Counts the data frames of this link and direction, from 1, so that one lost or doubled on the way is noticed."""
     @_builtins.property
     def microbatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gradients]:
         """At least one."""
@@ -299,10 +306,11 @@ class GradientsFrame(_message.Message):
         self,
         *,
         microbatches: _abc.Iterable[Global___Gradients] | None = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatches", b"microbatches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatches", b"microbatches", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,13 +366,13 @@ class LinkStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MICROBATCHES_SENT_FIELD_NUMBER: _builtins.int
+    FRAMES_SENT_FIELD_NUMBER: _builtins.int
     COMMITTED_STEP_FIELD_NUMBER: _builtins.int
     DURABLE_STEP_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
-    microbatches_sent: _builtins.int
-    """Microbatch payloads the sender has put on this link since it was opened. A receiver that has seen fewer has lost
-    some and reopens the link.
+    frames_sent: _builtins.int
+    """Data frames that the sender has put on this link since it was opened. A receiver that misses one of them reopens
+    the link.
     """
     committed_step: _builtins.int
     """Steps that the sender has committed."""
@@ -377,14 +385,14 @@ class LinkStatus(_message.Message):
     def __init__(
         self,
         *,
-        microbatches_sent: _builtins.int = ...,
+        frames_sent: _builtins.int = ...,
         committed_step: _builtins.int = ...,
         durable_step: _builtins.int | None = ...,
         sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "durable_step", b"durable_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "microbatches_sent", b"microbatches_sent", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "frames_sent", b"frames_sent", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015

@@ -1,0 +1,24 @@
+"""Running things side by side until one of them ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+async def until_first_ends(*work: Coroutine[Any, Any, None]) -> list[Exception]:
+    """Runs all until one returns or raises, cancels the rest and waits for them. Returns what was raised, if anything.
+
+    Unlike a TaskGroup it keeps a cancellation from outside apart from an error within: the former always propagates.
+    (On Python 3.11 a TaskGroup whose child fails while it is itself being cancelled forgets the cancellation.)
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [task.exception() for task in tasks if task in done]
+    return [error for error in errors if isinstance(error, Exception)]
