@@ -24,6 +24,7 @@ from stage_server.errors import CheckpointInvalid
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.module import StageModule, next_token_loss
 from stage_server.optimizer import StageOptimizer
+from stage_server.reports import mean_loss
 from stage_server.trainer import autocast
 
 TokenIds = npt.NDArray[np.int32]
@@ -52,25 +53,23 @@ class UnsplitModel:
         """One optimizer step (1-based): the mean loss of its microbatches, nats per token."""
         count = self.config.plan.microbatches_per_step
         weight = torch.tensor(1.0 / count, device=self.device)
-        total = 0.0
+        losses = []
         for index in range(count):
             name = MicrobatchId(StepIndex(step), MicrobatchKind.TRAIN, index)
             loss = self._loss(name, microbatch(name))
             torch.autograd.backward(loss, weight)
-            total += float(loss.detach())
+            losses.append(float(loss.detach()))
         for optimizer in self._optimizers:
             optimizer.step(step)
-        return total / count
+        return mean_loss(losses)
 
     @torch.no_grad()
     def evaluate(self, step: int, microbatch: Microbatches) -> float:
         """Mean loss of the validation microbatches with the present weights, nats per token; NaN if there are none."""
-        count = self.config.plan.evaluation_microbatches
-        total = 0.0
-        for index in range(count):
-            name = MicrobatchId(StepIndex(step), MicrobatchKind.EVALUATE, index)
-            total += float(self._loss(name, microbatch(name)))
-        return total / count if count else float("nan")
+        indices = range(self.config.plan.evaluation_microbatches)
+        names = [MicrobatchId(StepIndex(step), MicrobatchKind.EVALUATE, index) for index in indices]
+        losses = [float(self._loss(name, microbatch(name))) for name in names]
+        return mean_loss(losses) if losses else float("nan")
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the weights of all stages, by global name or as in `StageTrainer.state_tensors`.

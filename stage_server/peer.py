@@ -34,6 +34,7 @@ from stage_server.reports import (
     LinkReport,
     Report,
     StepReport,
+    mean_loss,
 )
 from stage_server.trainer import StageTrainer
 from stage_server.window import CreditWindow
@@ -247,7 +248,7 @@ class StagePeer:
         self._report(
             StepReport(
                 step=step,
-                loss=sum(losses) / len(losses),
+                loss=mean_loss(losses),
                 num_tokens=plan.microbatches_per_step * self._wire.batch * self._wire.tokens,
                 num_microbatches=plan.microbatches_per_step,
                 wall=wall,
@@ -264,7 +265,7 @@ class StagePeer:
         if name.kind is MicrobatchKind.EVALUATE:
             losses = self.ledger.losses(MicrobatchKind.EVALUATE)
             if len(losses) == self.ledger.plan.evaluation_microbatches:
-                self._report(EvaluationReport(self.ledger.committed, sum(losses) / len(losses)))
+                self._report(EvaluationReport(self.ledger.committed, mean_loss(losses)))
         return outbound
 
     def _note_round_trip(self, name: MicrobatchId) -> None:

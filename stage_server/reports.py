@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -68,6 +70,14 @@ class CompleteReport:
 
     step: StepIndex
     memory: MemoryReport
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """A step's loss from its microbatches': their exactly rounded mean, the same on every Python version and machine.
+
+    (From Python 3.12 on `sum` compensates rounding errors of floats and before it does not.)
+    """
+    return math.fsum(losses) / len(losses)
 
 
 Report = StepReport | EvaluationReport | CheckpointReport | LinkReport | CompleteReport
