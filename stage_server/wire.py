@@ -17,7 +17,15 @@ import numpy.typing as npt
 import zstandard
 from resbm_pb import stage_pb2, tensors_pb2
 
-from stage_server.codec import Encoding, Packed, backward_encoding, forward_encoding, scales_size, values_size
+from stage_server.codec import (
+    Encoding,
+    Packed,
+    backward_encoding,
+    forward_encoding,
+    scales_size,
+    unpack,
+    values_size,
+)
 from stage_server.config import StageConfig
 from stage_server.errors import (
     CorruptFrame,
@@ -73,6 +81,8 @@ class WireFormat:
         self.backward = backward_encoding(config.codec)
         self.dense_bytes = self.batch * self.tokens * config.model.hidden_size * DENSE_BYTES_PER_VALUE
         self._level = config.codec.zstd_level
+        self._token_bits = max(1, (self.vocab_size - 1).bit_length())
+        self._wide_token = np.dtype("<u2" if self._token_bits <= 16 else "<u4")
 
     @property
     def max_frame_bytes(self) -> int:
@@ -85,11 +95,11 @@ class WireFormat:
     def encode_token_ids(self, token_ids: TokenIds) -> tensors_pb2.TokenIds:
         """[B, T+1] ids as the smaller of: packed at ceil(log2 V) bits, or 16/32-bit compressed."""
         with self._profile.span(Work.ENCODE):
-            bits = max(1, (self.vocab_size - 1).bit_length())
+            bits = self._token_bits
             packed = _pack_bits(token_ids.reshape(-1), bits)
             message = tensors_pb2.TokenIds(batch=token_ids.shape[0], length=token_ids.shape[1], bits=bits, data=packed)
             if self._level:
-                wide = np.dtype("<u2" if bits <= 16 else "<u4")
+                wide = self._wide_token
                 compressed = zstandard.compress(token_ids.astype(wide).tobytes(), self._level)
                 if len(compressed) < len(packed):
                     message.bits, message.data = 8 * wide.itemsize, compressed
@@ -172,24 +182,22 @@ class WireFormat:
             raise WrongShape(f"a tensor of shape {shape} where the run has {(self.batch, self.tokens, self.width)}")
         values = _unsqueeze(message.values, message.values_compression, values_size(encoding, *shape))
         scales = _unsqueeze(message.scales, message.scales_compression, scales_size(encoding, *shape))
-        return Packed(encoding, *shape, values, scales)
+        packed = Packed(encoding, *shape, values, scales)
+        if encoding in (Encoding.FP32, Encoding.BF16):
+            unpack(packed, 1.0)  # refuses NaN, infinity and absurd numbers; the grids have none
+        return packed
 
     def _decode_token_ids(self, message: tensors_pb2.TokenIds) -> TokenIds:
         shape = (message.batch, message.length)
         if shape != (self.batch, self.tokens + 1):
             raise WrongShape(f"token ids of shape {shape} where the run has {(self.batch, self.tokens + 1)}")
         num_ids = self.batch * (self.tokens + 1)
-        bits = message.bits
-        if message.compression == tensors_pb2.COMPRESSION_ZSTD:
-            if bits not in (16, 32):
-                raise UnknownCodec(f"compressed token ids of {bits} bits; they have 16 or 32")
-            data = _unsqueeze(message.data, message.compression, num_ids * bits // 8)
-            ids = np.frombuffer(data, dtype="<u2" if bits == 16 else "<u4").astype(np.int64)
-        else:
-            if not 1 <= bits <= 32:
-                raise UnknownCodec(f"token ids of {bits} bits; they have 1 to 32")
-            data = _unsqueeze(message.data, message.compression, math.ceil(num_ids * bits / 8))
-            ids = _unpack_bits(data, bits, num_ids)
+        zstd = message.compression == tensors_pb2.COMPRESSION_ZSTD
+        bits = 8 * self._wide_token.itemsize if zstd else self._token_bits
+        if message.bits != bits:
+            raise UnknownCodec(f"token ids of {message.bits} bits where the run has {bits}")
+        data = _unsqueeze(message.data, message.compression, math.ceil(num_ids * bits / 8))
+        ids = np.frombuffer(data, self._wide_token).astype(np.int64) if zstd else _unpack_bits(data, bits, num_ids)
         if int(ids.max()) >= self.vocab_size:
             raise WrongToken(f"token id {int(ids.max())} in a vocabulary of {self.vocab_size}")
         return ids.astype(np.int32).reshape(shape)
@@ -260,9 +268,11 @@ def _unsqueeze(data: bytes, compression: int, size: int) -> bytes:
 def _decompress(data: bytes, size: int) -> bytes:
     try:
         stated = zstandard.frame_content_size(data)
+        if stated < 0:
+            raise CorruptFrame("a zstandard payload does not state its size")
         if stated > size:
             raise Oversized(f"a payload of {stated} bytes where the shape allows {size}")
-        return zstandard.decompress(data, max_output_size=size)
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptFrame(f"a zstandard payload cannot be read: {error}") from error
 
