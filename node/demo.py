@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
+from node.cores import threads_of_a_stage
 from node.demo_folder import demo_folder
 from node.demo_peers import PeerFailed, PeerView
 from node.demo_view import DemoView
@@ -159,7 +160,7 @@ class Demo:
             "--host": "127.0.0.1",
             "--metrics-port": 0,
             "--device": self.options.device,
-            "--threads": self.options.threads or max(1, _num_cores() // self.config.stages),
+            "--threads": self.options.threads or threads_of_a_stage(self.config.stages),
             "--drain-seconds": LEAVING.total_seconds() / 2,
         }
         return [*COMMAND, "join", ticket, *(str(part) for pair in options.items() for part in pair), "--json"]
@@ -265,11 +266,6 @@ class Demo:
                 for process in running:
                     kill_tree(process.pid)
             await asyncio.sleep(0.05)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_demo(config: RunConfig, options: DemoOptions, view: DemoView) -> Summary:

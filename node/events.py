@@ -222,7 +222,7 @@ class Step(Frozen):
 
 
 class Summary(Frozen):
-    """The last line of `demo --json`."""
+    """The last line of `demo --json` and `reference --json`."""
 
     event: Literal["summary"] = "summary"
     val_loss_before: float | None

@@ -6,16 +6,16 @@ compression to report; the codec's rounding is simulated.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from node.commands import options
+from node.cores import threads_of_a_stage
+from node.events import Evaluation, Step, Summary, emit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,9 @@ def reference(
     microbatches: options.Microbatches = None,
     codec: options.Codec = None,
     seed: options.Seed = None,
-    threads: Annotated[int, typer.Option(min=0, help="Processor threads to compute with; 0: all cores.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Processor threads to compute with; 0: as many as one peer of the demo has.")
+    ] = 0,
     json_lines: options.JsonLines = False,
 ) -> None:
     """Train a run in one process, unsplit: what a swarm must equal, and how fast it could be without a network.
@@ -48,31 +50,7 @@ def reference(
         from node.data import load_corpus
 
         corpus = load_corpus(config, progress)
-    summary = train(config, corpus, output, threads)
-    output.summary(summary, corpus)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One trained step, as told to scripts."""
-
-    step: int
-    loss: float  # nats per token
-    tokens: int  # trained since the start
-    seconds: float  # wall time of this step
-    dense_bytes: int = 0
-    wire_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The end of a run, as told to scripts."""
-
-    val_loss_before: float | None  # nats per token; None: the run never validates
-    val_loss: float | None
-    wire_compression: float | None
-    tokens_per_second: float  # of training alone, without validation
-    weights_digest: str
+    output.summary(train(config, corpus, output, threads or threads_of_a_stage(config.stages)))
 
 
 class Output(Protocol):
@@ -81,18 +59,17 @@ class Output(Protocol):
     def preparing(self) -> Any: ...
     def training(self) -> Any: ...
     def step(self, step: Step) -> None: ...
-    def evaluation(self, step: int, loss: float) -> None: ...
-    def summary(self, summary: Summary, corpus: Corpus) -> None: ...
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+    def summary(self, summary: Summary) -> None: ...
 
 
-def train(config: RunConfig, corpus: Corpus, output: Output, threads: int = 0) -> Summary:
+def train(config: RunConfig, corpus: Corpus, output: Output, threads: int) -> Summary:
     """Trains the unsplit model and tells `output` of each step."""
     import torch
 
     from node.unsplit import UnsplitModel, weights_digest
 
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     plan = config.plan
     tokens_per_step = plan.microbatches_per_step * plan.batch * plan.tokens
     model = UnsplitModel(config, config.run_id)
@@ -101,7 +78,7 @@ def train(config: RunConfig, corpus: Corpus, output: Output, threads: int = 0) -
         if not plan.evaluation_microbatches:
             return None
         loss: float = model.evaluate(committed + 1, corpus.microbatch)
-        output.evaluation(committed, loss)
+        output.evaluation(Evaluation(stage=config.stages - 1, step=committed, loss=loss))
         return loss
 
     training_seconds = 0.0
@@ -112,7 +89,8 @@ def train(config: RunConfig, corpus: Corpus, output: Output, threads: int = 0) -
             loss = model.train_step(step, corpus.microbatch)
             seconds = time.perf_counter() - started
             training_seconds += seconds
-            output.step(Step(step, loss, step * tokens_per_step, seconds))
+            tokens = step * tokens_per_step
+            output.step(Step(step=step, loss=loss, tokens=tokens, seconds=seconds, dense_bytes=0, wire_bytes=0))
             if plan.evaluate_every and step % plan.evaluate_every == 0 and step < plan.steps:
                 evaluate(step)
         after = evaluate(plan.steps)
@@ -122,6 +100,10 @@ def train(config: RunConfig, corpus: Corpus, output: Output, threads: int = 0) -
         wire_compression=None,
         tokens_per_second=plan.steps * tokens_per_step / training_seconds,
         weights_digest=weights_digest(model.parameters_fp32()),
+        unigram_entropy=corpus.unigram_entropy,
+        steps=plan.steps,
+        stages=config.stages,
+        restarts=0,
     )
 
 
@@ -137,16 +119,13 @@ class JsonOutput:
         yield None
 
     def step(self, step: Step) -> None:
-        self._tell("step", _fields(step))
+        emit(step)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self._tell("evaluation", {"step": step, "loss": loss})
+    def evaluation(self, evaluation: Evaluation) -> None:
+        emit(evaluation)
 
-    def summary(self, summary: Summary, corpus: Corpus) -> None:
-        self._tell("summary", _fields(summary))
-
-    def _tell(self, event: str, fields: dict[str, Any]) -> None:
-        print(json.dumps({"event": event, **fields}), flush=True)  # noqa: T201
+    def summary(self, summary: Summary) -> None:
+        emit(summary)
 
 
 class TerminalOutput:
@@ -196,20 +175,14 @@ class TerminalOutput:
         if not self._console.is_terminal and (step.step % max(1, plan.steps // 20) == 0 or step.step == 1):
             self._console.print(note)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self._console.print(f"validation loss {loss:.3f} after {step} steps")
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._console.print(f"validation loss {evaluation.loss:.3f} after {evaluation.step} steps")
 
-    def summary(self, summary: Summary, corpus: Corpus) -> None:
+    def summary(self, summary: Summary) -> None:
         print_line = self._console.print
         if summary.val_loss is not None:
             print_line(
                 f"[bold]validation loss {summary.val_loss_before:.3f} -> {summary.val_loss:.3f}[/] nats a token "
-                f"(best without context: {corpus.unigram_entropy:.3f})"
+                f"(best without context: {summary.unigram_entropy:.3f})"
             )
         print_line(f"{summary.tokens_per_second:,.0f} tokens/s, weights {summary.weights_digest}")
-
-
-def _fields(value: Step | Summary) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(value)
