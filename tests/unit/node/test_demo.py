@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -67,6 +68,7 @@ class RecordingView:
     wants_sample = False
 
     def __init__(self) -> None:
+        self.stepped = threading.Event()
         self.steps: list[Step] = []
         self.evaluations: list[Evaluation] = []
         self.notes: list[str] = []
@@ -83,6 +85,7 @@ class RecordingView:
 
     def step(self, step: Step, totals: StepAggregator) -> None:
         self.steps.append(step)
+        self.stepped.set()
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -101,11 +104,12 @@ def play(
     join: str = TRAINS,
     coordinator: str = "pass",
     options: DemoOptions | None = None,
+    view: RecordingView | None = None,
 ) -> tuple[Demo, RecordingView]:
     """A demo of stand-ins until it is complete or fails; then nobody may be left."""
     code = STAND_IN.replace("{coordinator}", coordinator).replace("{join}", join)
     monkeypatch.setattr(node.demo, "COMMAND", (sys.executable, "-c", code))
-    view = RecordingView()
+    view = view or RecordingView()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
     async def run() -> Demo:
@@ -164,32 +168,48 @@ def test_a_coordinator_that_dies_ends_the_demo(
         play(monkeypatch, tmp_path, config, coordinator="sys.exit(3)", join="pass")
 
 
+@contextlib.contextmanager
+def signalled_at_the_first_step(view: RecordingView, *numbers: int) -> Iterator[list[float]]:
+    """Sends this process signals, half a second apart, and notes when. One that comes too late does no harm."""
+    before = {number: signal.signal(number, lambda *_: None) for number in set(numbers)}
+    sent: list[float] = []
+
+    def send() -> None:
+        view.stepped.wait(20)
+        for number in numbers:
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield sent
+    finally:
+        view.stepped.set()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_demo_in_good_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: RunConfig, number: int
 ) -> None:
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
-    timer.start()
-    with pytest.raises(Interrupted):
-        play(monkeypatch, tmp_path, config, join="pass")
-    timer.join()
+    view = RecordingView()
+    with signalled_at_the_first_step(view, number), pytest.raises(Interrupted):
+        play(monkeypatch, tmp_path, config, join="step(1)", view=view)
 
 
 def test_a_second_signal_does_not_wait_for_those_who_will_not_leave(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: RunConfig
 ) -> None:
-    def interrupt_twice() -> None:
-        for _ in range(2):
-            time.sleep(1.0)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt_twice)
-    thread.start()
-    started = time.monotonic()
-    with pytest.raises(Interrupted):
-        play(monkeypatch, tmp_path, config, join="signal.signal(signal.SIGTERM, signal.SIG_IGN)")
-    thread.join()
-    assert time.monotonic() - started < node.demo.LEAVING.total_seconds()
+    view = RecordingView()
+    join = "signal.signal(signal.SIGTERM, signal.SIG_IGN); step(1)"
+    with signalled_at_the_first_step(view, signal.SIGINT, signal.SIGINT) as sent:
+        with pytest.raises(Interrupted):
+            play(monkeypatch, tmp_path, config, join=join, view=view)
+        assert time.monotonic() - sent[0] < node.demo.LEAVING.total_seconds()
 
 
 def test_the_planned_fault_kills_the_worker_in_its_step_and_only_once(
