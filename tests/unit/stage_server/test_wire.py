@@ -46,7 +46,7 @@ UINT64_MAX, UINT32_MAX = 2**64 - 1, 2**32 - 1
 
 @cache
 def config(
-    codec: str = "int4", batch: int = 2, tokens: int = 5, width: int = 3, vocab_size: int = 61, zstd_level: int = 1
+    codec: str = "int4", batch: int = 2, tokens: int = 5, width: int = 3, *, vocab_size: int = 61, zstd_level: int = 1
 ) -> StageConfig:
     return StageConfig(
         stages=2,
@@ -128,7 +128,9 @@ SHAPES = {"batch": st.integers(1, 3), "tokens": st.integers(1, 9), "width": st.i
     index=st.integers(0, UINT32_MAX),
     **SHAPES,
 )
-def test_microbatches_come_back_as_they_were(codec, vocab_size, zstd_level, seed, step, kind, index, **shape) -> None:
+def test_microbatches_come_back_as_they_were(
+    *, codec, vocab_size, zstd_level, seed, step, kind, index, **shape
+) -> None:
     run = config(codec, vocab_size=vocab_size, zstd_level=zstd_level, **shape)
     wire, name = WireFormat(run), MicrobatchId(StepIndex(step), kind, index)
     ids, latents, gradients = some_ids(run, seed), packed_latents(run, seed), packed_gradients(run, seed)
@@ -219,8 +221,8 @@ DAMAGE = {
 
 @settings(max_examples=400, deadline=None)
 @given(**DAMAGE)
-def test_no_flipped_byte_of_latents_passes_unnoticed(codec, batch, tokens, vocab_size, place, mask) -> None:
-    run = config(codec, batch, tokens, 2, vocab_size)
+def test_no_flipped_byte_of_latents_passes_unnoticed(*, codec, batch, tokens, vocab_size, place, mask) -> None:
+    run = config(codec, batch, tokens, 2, vocab_size=vocab_size)
     wire, message = WireFormat(run), latents_message(run)
     try:
         spoiled = stage_pb2.Latents.FromString(flip(message.SerializeToString(), place, mask))
@@ -232,8 +234,8 @@ def test_no_flipped_byte_of_latents_passes_unnoticed(codec, batch, tokens, vocab
 
 @settings(max_examples=400, deadline=None)
 @given(kind=st.sampled_from(MicrobatchKind), **DAMAGE)
-def test_no_flipped_byte_of_gradients_passes_unnoticed(kind, codec, batch, tokens, vocab_size, place, mask) -> None:
-    run = config(codec, batch, tokens, 2, vocab_size)
+def test_no_flipped_byte_of_gradients_passes_unnoticed(*, kind, codec, batch, tokens, vocab_size, place, mask) -> None:
+    run = config(codec, batch, tokens, 2, vocab_size=vocab_size)
     wire, message = WireFormat(run), gradients_message(run, MicrobatchId(StepIndex(3), kind, 1))
     try:
         came = wire.decode_gradients(stage_pb2.Gradients.FromString(flip(message.SerializeToString(), place, mask)))
@@ -245,7 +247,7 @@ def test_no_flipped_byte_of_gradients_passes_unnoticed(kind, codec, batch, token
 @pytest.mark.parametrize(("codec", "vocab_size"), [("int4", 5), ("int8", 2), ("bf16", 300), ("none", 40000)])
 def test_every_single_flip_of_one_small_frame(codec: str, vocab_size: int) -> None:
     """Exhaustive where hypothesis samples: the smallest shapes leave the least room for checks of size."""
-    run = config(codec, 1, 1, 1, vocab_size)
+    run = config(codec, 1, 1, 1, vocab_size=vocab_size)
     wire, message = WireFormat(run), latents_message(run)
     data, expected = message.SerializeToString(), content(wire.decode_latents(message))
     for place in range(len(data)):
