@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format proto lock clean
+.PHONY: help setup demo test check format proto figures lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -36,6 +36,9 @@ format: setup  ## rewrite the code in the project's format
 
 proto: setup  ## regenerate proto/gen from proto/*.proto
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py
+
+figures: setup  ## redraw docs/images from docs/results
+	$(BIN)/python docs/figures.py
 
 lock: setup  ## rewrite requirements.lock from what .venv holds
 	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock
