@@ -54,6 +54,8 @@ class PeerEntry:
     microbatches: int = 0
     tokens_per_second: float = 0.0
     wire_compression: float = 0.0
+    bootstrap: tuple[str, ...] = ()
+    """Multiaddresses of the peer's directory process, with peer id."""
     expires_at: float = 0.0
     """Unix time in seconds; set by the directory when the entry is read, 0 in an entry to be published."""
 
@@ -97,6 +99,7 @@ class PeerEntry:
             microbatches=record.microbatches,
             tokens_per_second=record.tokens_per_second,
             wire_compression=record.wire_compression,
+            bootstrap=tuple(record.bootstrap),
             expires_at=opened.expires_at,
         )
 
@@ -111,6 +114,8 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} is in the unknown state {record.state}")
     if not 1 <= len(record.endpoints) <= MAX_ENDPOINTS or not all(map(_is_endpoint, record.endpoints)):
         raise RecordInvalid(f"{peer_id} has no usable endpoint")
+    if len(record.bootstrap) > MAX_ENDPOINTS or any(len(a) > MAX_ENDPOINT_CHARACTERS for a in record.bootstrap):
+        raise RecordInvalid(f"{peer_id} names more or longer bootstrap addresses than anyone has")
     numbers = (record.throughput, record.compute_share, record.tokens_per_second, record.wire_compression)
     if not all(math.isfinite(number) and number >= 0 for number in (*numbers, record.reserved_at)):
         raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")

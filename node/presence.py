@@ -9,11 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta
+from pathlib import Path
 
 from coordinator.directory import COMPLETE, SERVING, PeerEntry
 from coordinator.errors import DirectoryLost
 from coordinator.routing import choose_next_hop
 from coordinator.swarm import PEER_RENEWAL, Swarm
+from node.acquaintances import remember
 from node.metrics import WorkerMetrics
 from node.reporting import EventReporter
 from stage_server.ledger import Side
@@ -29,8 +31,11 @@ _UNMEASURED: Mapping[str, float] = {}
 class Presence:
     """Tells the swarm of one peer, and the peer of the swarm."""
 
-    def __init__(self, swarm: Swarm, entry: PeerEntry, peer: StagePeer, reporter: EventReporter) -> None:
+    def __init__(
+        self, swarm: Swarm, entry: PeerEntry, peer: StagePeer, reporter: EventReporter, *, state_folder: Path
+    ) -> None:
         """`entry`: the peer's place as settled; its changing fields are filled in."""
+        self._state_folder = state_folder
         self._swarm = swarm
         self._entry = entry
         self._peer = peer
@@ -62,12 +67,10 @@ class Presence:
             await self._unless_dead(self.announce)
 
     async def follow(self) -> None:
-        """Keeps the peer's next hop known for ever. Raises DirectoryLost when the directory died."""
-        if self._peer.ledger.is_last:
-            await asyncio.Event().wait()
+        """Keeps the swarm and the peer's next hop known for ever. Raises DirectoryLost when the directory died."""
         while True:
             await self._unless_dead(self._look)
-            linked = self._peer.links_open[Side.DOWNSTREAM]
+            linked = self._peer.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
             await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
 
     async def leave(self) -> None:
@@ -77,7 +80,13 @@ class Presence:
     async def _look(self) -> None:
         ledger, linked = self._peer.ledger, self._peer.links_open[Side.DOWNSTREAM]
         snapshot = await self._swarm.snapshot(self._entry.run_id, ledger.num_stages)
+        remember(
+            self._state_folder,
+            (a for e in snapshot.all_peers() if e.peer_id != self._entry.peer_id for a in e.bootstrap),
+        )
         current = self._current if linked else None  # a hop that has just failed is chosen anew
+        if ledger.is_last:
+            return
         hop = choose_next_hop(snapshot, self._entry.stage + 1, current, _UNMEASURED, random.Random(), now=time.time())
         if hop is not None:
             self._current = hop.peer_id

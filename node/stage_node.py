@@ -124,6 +124,7 @@ class StageNode:
             throughput=measured.throughput,
             reserved_at=time.time(),
             software_version=__version__,
+            bootstrap=tuple(self._swarm.addresses()),
         )
         with self._steps.step("stage") as note:
             place = await self._take_place(config, entry, measured)
@@ -152,7 +153,7 @@ class StageNode:
             self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
             committed = parts.ledger.committed
             note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
-        presence = Presence(self._swarm, entry, self._peer, reporter)
+        presence = Presence(self._swarm, entry, self._peer, reporter, state_folder=self._spec.state_folder)
         with self._steps.step("live") as note:
             served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
             self._service.attach(served)

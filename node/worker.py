@@ -22,6 +22,7 @@ from coordinator.errors import DirectoryLost, SwarmError
 from coordinator.swarm import Swarm
 from coordinator.ticket import decode_ticket
 from node import identity
+from node.acquaintances import ways_in
 from node.addresses import announced_host
 from node.errors import CodedError, MachineUnfit, NodeError
 from node.events import (
@@ -69,7 +70,7 @@ def _run(spec: WorkerSpec) -> int:
             listen_host=spec.host,
             announce_host=announced_host(spec.host, spec.announce),
             port=spec.dht_port,
-            bootstrap=ticket.bootstrap,
+            bootstrap=ways_in(ticket.bootstrap, spec.state_folder),
             folder=spec.state_folder,
         )
         note(f"in the swarm through {len(ticket.bootstrap)} address(es)")

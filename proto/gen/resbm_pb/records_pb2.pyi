@@ -117,6 +117,7 @@ class PeerRecord(_message.Message):
     MICROBATCHES_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     WIRE_COMPRESSION_FIELD_NUMBER: _builtins.int
+    BOOTSTRAP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -151,6 +152,12 @@ class PeerRecord(_message.Message):
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses of the stage service, "host:port", best first."""
 
+    @_builtins.property
+    def bootstrap(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Multiaddresses of the peer's directory process: a way into the swarm for those who have met it, when the ticket's
+        addresses are gone.
+        """
+
     def __init__(
         self,
         *,
@@ -170,10 +177,11 @@ class PeerRecord(_message.Message):
         microbatches: _builtins.int = ...,
         tokens_per_second: _builtins.float = ...,
         wire_compression: _builtins.float = ...,
+        bootstrap: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015

@@ -1,0 +1,79 @@
+"""The coordinator is a way in, not a part of the run: without it training goes on and crashed workers come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from node.config import dump_toml, preset
+from node.events import Complete, Event, Live, StageStep, TicketPrinted, Worker, parse_event
+
+STEPS = 60
+
+
+class Node:
+    """One `resbm-node` process and what it has said."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.out = folder / "events.jsonl"
+        with self.out.open("wb") as out, (folder / "errors.log").open("wb") as err:
+            command = [sys.executable, "-m", "node.cli", *arguments, "--state-dir", str(folder), "--json"]
+            self.process = subprocess.Popen(command, stdout=out, stderr=err)
+
+    def events(self) -> list[Event]:
+        lines = self.out.read_bytes().splitlines(keepends=True)
+        return [parse_event(line) for line in lines if line.endswith(b"\n")]
+
+    def wait_for(self, kind: type, seconds: float = 60) -> Event:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for event in self.events():
+                if isinstance(event, kind):
+                    return event
+            assert self.process.poll() is None, f"left early: {self.events()[-3:]}"
+            time.sleep(0.1)
+        pytest.fail(f"no {kind.__name__} within {seconds} s: {self.events()[-3:]}")
+
+    def leave(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_killed_after_the_coordinator_comes_back_and_the_run_ends(tmp_path: Path) -> None:
+    config = preset("tiny").with_overrides(stages=2, steps=STEPS)
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(dump_toml(config))
+    nodes: list[Node] = []
+
+    def start(name: str, *arguments: str) -> Node:
+        nodes.append(Node(tmp_path / name, *arguments))
+        return nodes[-1]
+
+    try:
+        coordinator = start("coordinator", "coordinator", "--run", str(run_file), "--host", "127.0.0.1")
+        ticket = coordinator.wait_for(TicketPrinted)
+        assert isinstance(ticket, TicketPrinted)
+        peers = [start(name, "join", ticket.ticket, "--host", "127.0.0.1", "--threads", "1") for name in ("a", "b")]
+        for peer in peers:
+            peer.wait_for(StageStep)
+        os.kill(coordinator.process.pid, signal.SIGKILL)
+        coordinator.process.wait(10)
+        worker = [event for event in peers[0].events() if isinstance(event, Worker) and event.state == "started"][-1]
+        os.kill(worker.pid, signal.SIGKILL)
+        for peer in peers:
+            complete = peer.wait_for(Complete, 120)
+            assert isinstance(complete, Complete)
+            assert complete.step == STEPS
+        assert len([event for event in peers[0].events() if isinstance(event, Live)]) >= 2
+    finally:
+        for node in reversed(nodes):
+            node.leave()
