@@ -11,8 +11,9 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-from coordinator.directory import COMPLETE, SERVING, PeerEntry
-from coordinator.errors import DirectoryLost
+from coordinator.assignment import resolve_reservation
+from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
+from coordinator.errors import DirectoryLost, StageUnavailable
 from coordinator.routing import choose_next_hop
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from node.acquaintances import remember
@@ -67,7 +68,12 @@ class Presence:
             await self._unless_dead(self.announce)
 
     async def follow(self) -> None:
-        """Keeps the swarm and the peer's next hop known for ever. Raises DirectoryLost when the directory died."""
+        """Keeps the swarm and the peer's next hop known for ever.
+
+        Raises:
+            DirectoryLost: the directory died.
+            StageUnavailable: another peer holds this stage by right.
+        """
         while True:
             await self._unless_dead(self._look)
             linked = self._peer.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
@@ -84,6 +90,7 @@ class Presence:
             self._state_folder,
             (a for e in snapshot.all_peers() if e.peer_id != self._entry.peer_id for a in e.bootstrap),
         )
+        self._check_claim(snapshot)
         current = self._current if linked else None  # a hop that has just failed is chosen anew
         if ledger.is_last:
             return
@@ -91,6 +98,12 @@ class Presence:
         if hop is not None:
             self._current = hop.peer_id
             self._peer.set_next_hop(hop.endpoints[0])
+
+    def _check_claim(self, snapshot: DirectorySnapshot) -> None:
+        """Two peers that claimed one stage within a slow directory's blind moment: the later claim gives way."""
+        me, stage = self._entry.peer_id, self._entry.stage
+        if snapshot.find(me) is not None and not resolve_reservation(snapshot, me, stage, now=time.time()):
+            raise StageUnavailable(f"another peer has the earlier claim to stage {stage}")
 
     async def _unless_dead(self, operation: Callable[[], Awaitable[None]]) -> None:
         """One failed request is passed over, the next one follows; a dead directory is not."""

@@ -18,7 +18,7 @@ import sys
 import torch
 import uvloop
 
-from coordinator.errors import DirectoryLost, SwarmError
+from coordinator.errors import DirectoryLost, StageUnavailable, SwarmError
 from coordinator.swarm import Swarm
 from coordinator.ticket import decode_ticket
 from node import identity
@@ -77,12 +77,12 @@ def _run(spec: WorkerSpec) -> int:
     try:
         node = StageNode(spec, swarm, ticket, device=device, steps=steps)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(node))
+            return runner.run(_serve(node, may_choose_again=spec.stage is None))
     finally:
         swarm.close()
 
 
-async def _serve(node: StageNode) -> int:
+async def _serve(node: StageNode, *, may_choose_again: bool) -> int:
     """Until the node ends by itself, or SIGTERM or SIGINT asks it to drain."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,6 +91,11 @@ async def _serve(node: StageNode) -> int:
         await node.run()
     except RewindNeeded as error:
         log.warning("going back to step %d: %s", error.to_step, error)
+        return EXIT_RESTART
+    except StageUnavailable as error:
+        if not may_choose_again:
+            raise
+        log.warning("choosing another stage: %s", error)
         return EXIT_RESTART
     return EXIT_DONE
 
