@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from node import resident
 from node.config import RunConfig
 from node.data import load_corpus
 from stage_server.checkpoint import CheckpointStore
@@ -33,6 +34,7 @@ class StageParts:
     checkpoints: CheckpointStore
     ledger: StageLedger
     source: Callable[[MicrobatchId], TokenIds] | None
+    base_bytes: int  # resident when all was there but the weights
 
     def joined(self, identity: LinkIdentity, report: Callable[[Report], None]) -> StagePeer:
         """The peer over gRPC. Call on the event loop."""
@@ -70,6 +72,8 @@ def build_stage(
         DataUnreadable: this is the first stage and there is no text.
     """
     run_id = config.run_id
+    source = _source(config) if stage == 0 else None
+    base_bytes = resident.now_bytes()
     checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
     trainer = StageTrainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
     load_newest(checkpoints, trainer)
@@ -80,7 +84,7 @@ def build_stage(
         checkpoints=checkpoints.steps(),
         checkpoint_every=config.plan.checkpoint_every,
     )
-    return StageParts(config, trainer, checkpoints, ledger, _source(config) if stage == 0 else None)
+    return StageParts(config, trainer, checkpoints, ledger, source, base_bytes)
 
 
 def load_newest(checkpoints: CheckpointStore, trainer: StageTrainer) -> None:

@@ -156,7 +156,7 @@ class Link(Frozen):
 class MemoryUse(Frozen):
     """What a worker's memory was at most, and what its trainer accounts for. All in bytes."""
 
-    base_bytes: int = Field(ge=0, description="resident before weights were loaded: Python, torch, the directory")
+    base_bytes: int = Field(ge=0, description="resident before the weights: libraries, and on the first stage the text")
     peak_bytes: int = Field(ge=0, description="most ever resident")
     parameters_bytes: int = Field(ge=0)
     gradients_bytes: int = Field(ge=0, description="one for each parameter")

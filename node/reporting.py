@@ -39,10 +39,9 @@ class EventReporter:
     """Given to a StagePeer as its `report`. Lives on the event loop's thread."""
 
     def __init__(self, stage: int, metrics: WorkerMetrics, emit: Callable[[Event], None]) -> None:
-        """Make it before the stage's weights: memory that is resident now counts as the process's own."""
-        self._base_bytes = resident.now_bytes()
         self.metrics = metrics
         self.complete = False
+        self.base_bytes = 0  # resident before the weights were built
         self.state_changed = asyncio.Event()
         self._stage = stage
         self._emit = emit
@@ -56,7 +55,7 @@ class EventReporter:
         if isinstance(report, CompleteReport):
             self.complete = True
             self.state_changed.set()
-        event = _as_event(self._stage, report, self._base_bytes)
+        event = _as_event(self._stage, report, self.base_bytes)
         self.metrics.observe(event)
         self._emit(event)
 

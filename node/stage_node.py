@@ -150,6 +150,7 @@ class StageNode:
         reporter = EventReporter(entry.stage, metrics, emit)
         with self._steps.step("state") as note:
             parts = await self._build(config, entry.stage)
+            reporter.base_bytes = parts.base_bytes
             self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
             committed = parts.ledger.committed
             note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
