@@ -8,7 +8,8 @@ however often frames are duplicated, reordered, delayed or lost, and whoever die
 
 1. Everything is named by (step, kind, index). What is here already is ignored when it comes again; what is done
    already is answered again from what is retained.
-2. What was sent is retained until every stage of the run has a checkpoint of that step or a later one (the *floor*).
+2. What was sent is retained until every stage of the run has a checkpoint of that step or a later one (the *floor*,
+   a step at which all stages write one, so that whoever goes back lands there).
    Until then a stage that restarts from its checkpoint can be given again all that it needs.
 3. Backward runs in index order and forward in plan order, so that floating-point sums have one order. Within that,
    backward goes before forward (1F1B).
@@ -116,6 +117,7 @@ class StageLedger:
         self.committed = checkpoints[-1] if checkpoints else 0
         self.durable: int | None = checkpoints[-1] if checkpoints else None
         self.checkpoint_every = checkpoint_every
+        self._mark = max((step for step in checkpoints if self._is_mark(step)), default=None)
         self.window = num_stages  # microbatches that the first stage keeps in flight; the caller adjusts it
         self.first_step_held = self.committed + 1  # frames of this step and later ones can be sent again
         self._oldest_restorable = checkpoints[0] if checkpoints else 0  # nobody can go back to before this step
@@ -166,8 +168,12 @@ class StageLedger:
 
     @property
     def floor(self) -> int | None:
-        """The newest step that every stage is known to have a checkpoint of (or of a later one); None: unknown."""
-        marks = [self.durable, *(n.durable for n in self._neighbours.values() if n.exists)]
+        """The newest step that every stage is known to have a checkpoint of; None: unknown.
+
+        Only checkpoints at the steps where all stages write one count, not those of a drain: a stage that has to go
+        back lands on a checkpoint of its own, and that must not lie before what the others keep.
+        """
+        marks = [self._mark, *(n.durable for n in self._neighbours.values() if n.exists)]
         known = [mark for mark in marks if mark is not None]
         return min(known) if len(known) == len(marks) else None
 
@@ -189,8 +195,11 @@ class StageLedger:
         return self._next_backward() or self._next_commit() or self._next_forward()
 
     def _checkpoint_due(self) -> bool:
-        at_mark = self.committed % self.checkpoint_every == 0 or self.committed == self.plan.steps
-        return at_mark and self.unsaved
+        return self._is_mark(self.committed) and self.unsaved
+
+    def _is_mark(self, step: int) -> bool:
+        """Whether every stage writes a checkpoint of this step."""
+        return step % self.checkpoint_every == 0 or step == self.plan.steps
 
     def _next_backward(self) -> Task | None:
         if self.is_last or not self.plan.commits(self.step):
@@ -251,6 +260,8 @@ class StageLedger:
     def checkpointed(self, step: StepIndex) -> None:
         """A complete checkpoint of `step` is on disk."""
         self.durable = step
+        if self._is_mark(step):
+            self._mark = step
         self._drop_below_floor()
 
     # -- what came in -------------------------------------------------------------------------------------------
@@ -305,8 +316,7 @@ class StageLedger:
         Raises RewindNeeded when it lacks frames that this stage cannot make again from where it stands, and
         NeighbourStateLost when no stage keeps frames that old any more: then the neighbour's state is gone.
         """
-        if committed > self.plan.steps:
-            raise ProtocolViolation(f"the neighbour claims step {committed} of a run of {self.plan.steps}")
+        self._check_marks(committed, None)
         if committed < self._oldest_restorable:
             raise NeighbourStateLost(
                 f"the {side} stage stands at step {committed}; nobody keeps anything from before "
@@ -323,6 +333,10 @@ class StageLedger:
         frames = self._retained[side]
         return [frames[name] for name in sorted(frames, key=_plan_order) if name.step > committed and name not in skip]
 
+    def closed(self, side: Side) -> None:
+        """The link to a neighbour is gone. It may go back to an older checkpoint now, so no floor rests on its word."""
+        self._neighbours[side].durable = None
+
     def wants(self, side: Side, name: MicrobatchId) -> bool:
         """Whether a frame is of any use to that neighbour: it has not committed its step yet."""
         return name.step > self._neighbours[side].committed
@@ -331,22 +345,30 @@ class StageLedger:
         """(committed step, durable step of all stages on this side of the link), to tell the neighbour on `side`."""
         other = self._neighbours[Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM]
         if not other.exists:
-            return self.committed, self.durable
-        if self.durable is None or other.durable is None:
+            return self.committed, self._mark
+        if self._mark is None or other.durable is None:
             return self.committed, None
-        return self.committed, min(self.durable, other.durable)
+        return self.committed, min(self._mark, other.durable)
 
     def receive_status(self, side: Side, committed: int, durable: int | None) -> bool:
         """A neighbour's newest status. Returns True when what is to be told to the other neighbour changed.
 
         Older statuses must not be passed in after newer ones: the floor would rest on what is no longer so.
+        Raises ProtocolViolation for steps that the run has not.
         """
+        self._check_marks(committed, durable)
         neighbour = self._neighbours[side]
         before = self.status(_other(side))
         neighbour.committed = max(neighbour.committed, committed)
         neighbour.durable = durable  # may fall: a stage on that side went back to an older checkpoint
         self._drop_below_floor()
         return self.status(_other(side)) != before
+
+    def _check_marks(self, committed: int, durable: int | None) -> None:
+        if committed > self.plan.steps:
+            raise ProtocolViolation(f"the neighbour claims step {committed} of a run of {self.plan.steps}")
+        if durable is not None and durable > committed:
+            raise ProtocolViolation(f"the neighbour claims a checkpoint of step {durable} at step {committed}")
 
     def _drop_below_floor(self) -> None:
         floor = self.floor

@@ -21,7 +21,7 @@ from resbm_pb import stage_pb2
 
 from stage_server.checkpoint import CheckpointStore
 from stage_server.concurrency import until_first_ends
-from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded
+from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded, StateLost
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
 from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession, Outbound
@@ -300,7 +300,7 @@ class StagePeer:
         """Runs the link that the upstream peer has opened, until it ends."""
         try:
             await self._run_session(stream, Side.UPSTREAM)
-        except RewindNeeded as error:
+        except (RewindNeeded, StateLost) as error:
             if not self._failure.done():
                 self._failure.set_exception(error)
         except (LinkLost, FrameError):
@@ -339,6 +339,8 @@ class StagePeer:
         finally:
             if self._sessions.get(side) is session:
                 del self._sessions[side]
+                self.ledger.closed(side)
+                self._report_to_neighbours()
                 self._report(LinkReport(side, open=False, detail=detail))
 
     # -- LinkHost -----------------------------------------------------------------------------------------------

@@ -235,7 +235,10 @@ class ToySwarm:
             self.restart(stage)
 
     def cut(self, link: int) -> None:
-        self.open.discard(link)
+        if link in self.open:
+            self.open.remove(link)
+            self.stages[link].ledger.closed(Side.DOWNSTREAM)
+            self.stages[link + 1].ledger.closed(Side.UPSTREAM)
         for side in Side:
             self.queues.pop((link, side), None)
 
