@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from pathlib import Path
 
 import grpc
 from resbm_pb import stage_pb2
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from stage_server.errors import CheckpointInvalid, LinkLost
 from stage_server.grpc_links import channel_options, stub
 
 MANIFEST = "manifest.json"
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
 ATTEMPTS = 5  # of one file; each goes on where the one before stopped
 
 
@@ -36,10 +39,16 @@ async def fetch_state(endpoint: str, run_id: str, folder: Path, step: int | None
         for file in listed.files:
             request = stage_pb2.FetchStateRequest(run_id=run_id, step=listed.step, name=file.name)
             await _fetch_file(channel, request, file, _inside(folder, file.name))
+    return await asyncio.to_thread(_load, [folder / file.name for file in listed.files if file.name != MANIFEST])
+
+
+def _load(paths: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for file in listed.files:
-        if file.name != MANIFEST:
-            tensors |= load_file(folder / file.name)
+    for path in paths:
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise CheckpointInvalid(f"{path.name} holds no tensors: {error}") from error
     return tensors
 
 
@@ -51,28 +60,30 @@ async def _fetch_file(
         request.offset_bytes = _size(path)
         try:
             if request.offset_bytes < file.size_bytes:
-                await _append(channel, request, path)
+                await _append(channel, request, path, file.size_bytes)
         except grpc.aio.AioRpcError as error:
             last = error
             continue
         if _sha256(path) == file.sha256:
             return
-        await asyncio.to_thread(path.unlink)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
         raise CheckpointInvalid(f"{file.name} of step {request.step} does not match the hash that its peer stated")
     raise LinkLost(f"{file.name} could not be fetched in {ATTEMPTS} attempts: {last.details() if last else 'no bytes'}")
 
 
-async def _append(channel: grpc.aio.Channel, request: stage_pb2.FetchStateRequest, path: Path) -> None:
+async def _append(channel: grpc.aio.Channel, request: stage_pb2.FetchStateRequest, path: Path, size: int) -> None:
     with path.open("ab") as out:
         async for chunk in stub(channel).FetchState(request):
             if chunk.offset_bytes != out.tell():
                 raise CheckpointInvalid(f"{request.name} came with a gap at byte {out.tell()}")
+            if out.tell() + len(chunk.data) > size:
+                raise CheckpointInvalid(f"{request.name} is longer than the {size} bytes that its peer stated")
             out.write(chunk.data)
 
 
 def _inside(folder: Path, name: str) -> Path:
     """A peer's file name is no path: it must not lead out of the folder."""
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not _FILE_NAME.fullmatch(name):
         raise CheckpointInvalid(f"a state file called {name!r}")
     return folder / name
 

@@ -7,10 +7,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from resbm_pb import errors_pb2, stage_pb2
 from resbm_pb.stage_pb2_grpc import StageStub
 
-from stage_server.errors import LinkLost, StageError, refusal
+from stage_server.errors import CorruptFrame, LinkLost, StageError, refusal
 from stage_server.links import Frame, FrameStream
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class _ClientStream:
             raise
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise await self._over() from None
+        if frame is None:  # gRPC's way to say that the bytes are no message
+            raise CorruptFrame(f"{self._endpoint} sent bytes that are no frame")
         if not isinstance(frame, stage_pb2.DownstreamFrame):  # grpc.aio.EOF
             raise await self._over()
         return frame
@@ -181,6 +184,8 @@ class ServerStream:
             frame = await self._context.read()
         except (grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError) as error:
             raise LinkLost(f"the upstream link is over: {error}") from None
+        except DecodeError:
+            raise CorruptFrame("the upstream peer sent bytes that are no frame") from None
         if not isinstance(frame, stage_pb2.UpstreamFrame):  # grpc.aio.EOF
             raise LinkLost("the upstream peer hung up")
         return frame

@@ -280,6 +280,8 @@ class LinkSession:
         elif body == "goodbye":
             if frame.goodbye.reason == stage_pb2.Goodbye.REASON_REFUSED:
                 raise refusal(frame.goodbye.code, frame.goodbye.detail)
+            if frame.goodbye.reason not in stage_pb2.Goodbye.Reason.values():
+                raise ProtocolViolation(f"a goodbye for the unknown reason {frame.goodbye.reason}")
             self._host.link_goodbye(self._side, frame.goodbye.reason)
         else:
             raise ProtocolViolation(f"a frame with {body or 'nothing'} in it where the link is open already")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -75,12 +76,11 @@ class StageService(StageServicer):
         stage = await self._ready(context)
         try:
             _check_run(stage, request.run_id)
-            file = stage.checkpoints.open_file(request.step, request.name)
+            file = await asyncio.to_thread(_open, stage.checkpoints, request)
         except StageError as error:
             await abort(context, error)
             raise
         with file:
-            file.seek(request.offset_bytes)
             offset = request.offset_bytes
             while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield stage_pb2.StateChunk(offset_bytes=offset, data=data)
@@ -103,6 +103,17 @@ def _list(checkpoints: CheckpointStore, newest: int | None) -> tuple[int, list[t
     if not steps:
         raise CheckpointInvalid("this peer has no checkpoint" + ("" if newest is None else f" up to step {newest}"))
     return steps[-1], checkpoints.files(steps[-1])
+
+
+def _open(checkpoints: CheckpointStore, request: stage_pb2.FetchStateRequest) -> BinaryIO:
+    """The file asked for, at the place asked for."""
+    file = checkpoints.open_file(request.step, request.name)
+    size = file.seek(0, os.SEEK_END)
+    if request.offset_bytes > size:
+        file.close()
+        raise CheckpointInvalid(f"{request.name} ends at byte {size}, before byte {request.offset_bytes}")
+    file.seek(request.offset_bytes)
+    return file
 
 
 class StageServer:
