@@ -58,8 +58,18 @@ def stage_folder(state_folder: Path, run_id: str, stage: int) -> Path:
 
 def stage_with_state(state_folder: Path, run_id: str) -> int | None:
     """The stage of this run that this machine holds checkpoints of, the newest if several: it is worth most there."""
-    folders = sorted((state_folder / run_id).glob("stage-*"), key=lambda path: path.stat().st_mtime)
-    return int(folders[-1].name.removeprefix("stage-")) if folders else None
+    folders = [
+        path
+        for path in (state_folder / run_id).glob("stage-*")
+        if _stage_of(path) is not None and any(path.glob("step-*"))
+    ]
+    newest = max(folders, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else _stage_of(newest)
+
+
+def _stage_of(folder: Path) -> int | None:
+    number = folder.name.removeprefix("stage-")
+    return int(number) if number.isdecimal() else None
 
 
 def build_stage(
