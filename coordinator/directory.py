@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Final
@@ -19,6 +21,9 @@ COMPLETE: Final = records_pb2.PEER_STATE_COMPLETE
 
 MAX_ENDPOINTS = 8
 MAX_ENDPOINT_CHARACTERS = 256
+_WAY_IN = re.compile(
+    r"/(?P<kind>ip4|ip6|dns4|dns6)/(?P<host>[^/,\s]{1,253})/tcp/(?P<port>\d{1,5})/p2p/[1-9A-HJ-NP-Za-km-z]{40,70}"
+)
 
 
 def run_key(run_id: str) -> str:
@@ -114,8 +119,8 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} is in the unknown state {record.state}")
     if not 1 <= len(record.endpoints) <= MAX_ENDPOINTS or not all(map(_is_endpoint, record.endpoints)):
         raise RecordInvalid(f"{peer_id} has no usable endpoint")
-    if len(record.bootstrap) > MAX_ENDPOINTS or any(len(a) > MAX_ENDPOINT_CHARACTERS for a in record.bootstrap):
-        raise RecordInvalid(f"{peer_id} names more or longer bootstrap addresses than anyone has")
+    if len(record.bootstrap) > MAX_ENDPOINTS or not all(map(is_way_in, record.bootstrap)):
+        raise RecordInvalid(f"{peer_id} names bootstrap addresses that are none, or too many")
     numbers = (record.throughput, record.compute_share, record.tokens_per_second, record.wire_compression)
     if not all(math.isfinite(number) and number >= 0 for number in (*numbers, record.reserved_at)):
         raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")
@@ -126,6 +131,17 @@ def _is_endpoint(text: str) -> bool:
     return bool(host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536) and (
         len(text) <= MAX_ENDPOINT_CHARACTERS and text.isprintable() and " " not in text
     )
+
+
+def is_way_in(address: str) -> bool:
+    """Whether a text is the full multiaddress of a directory peer. One that is not spoils a whole bootstrap list."""
+    match = _WAY_IN.fullmatch(address)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        return False
+    try:
+        return match["kind"].startswith("dns") or ipaddress.ip_address(match["host"]).version == int(match["kind"][2])
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

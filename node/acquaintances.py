@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from coordinator.directory import is_way_in
+
 log = logging.getLogger(__name__)
 
 FILE_NAME = "acquaintances.json"
@@ -22,7 +24,8 @@ def recall(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         log.warning("the list of peers met before is not used: %s", error)
         return []
-    return [address for address in known if isinstance(address, str)][:MOST] if isinstance(known, list) else []
+    known = known if isinstance(known, list) else []
+    return [address for address in known if isinstance(address, str) and is_way_in(address)][:MOST]
 
 
 def remember(folder: Path, addresses: Iterable[str]) -> None:
@@ -31,8 +34,11 @@ def remember(folder: Path, addresses: Iterable[str]) -> None:
     if not kept or kept == recall(folder):
         return
     temporary = folder / f".{FILE_NAME}"
-    temporary.write_text(json.dumps(kept))
-    temporary.replace(folder / FILE_NAME)
+    try:
+        temporary.write_text(json.dumps(kept))
+        temporary.replace(folder / FILE_NAME)
+    except OSError as error:  # a full disk must not end a peer that works
+        log.warning("peers met are not remembered: %s", error)
 
 
 def ways_in(ticket: Sequence[str], folder: Path) -> list[str]:

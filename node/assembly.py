@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from node import resident
-from node.config import RunConfig
+from node.config import RunConfig, load_toml
 from node.data import load_corpus
+from node.errors import NodeError
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid
 from stage_server.grpc_links import GrpcDialer
@@ -23,6 +24,8 @@ from stage_server.trainer import StageTrainer
 from stage_server.wire import TokenIds, WireFormat
 
 log = logging.getLogger(__name__)
+
+RUN_FILE = "run.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,25 @@ def stage_with_state(state_folder: Path, run_id: str) -> int | None:
 def _stage_of(folder: Path) -> int | None:
     number = folder.name.removeprefix("stage-")
     return int(number) if number.isdecimal() else None
+
+
+def remember_run(state_folder: Path, config: RunConfig, config_toml: str) -> None:
+    """Keeps a run's file beside its checkpoints, so that a peer that holds state needs nobody to tell it the run."""
+    path = state_folder / config.run_id / RUN_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_toml)
+    except OSError as error:
+        log.warning("the run file is not kept: %s", error)
+
+
+def recall_run(state_folder: Path, run_id: str) -> RunConfig | None:
+    """The run file kept by `remember_run`. It vouches for itself: its hash is the run id."""
+    try:
+        config = load_toml((state_folder / run_id / RUN_FILE).read_text())
+    except (OSError, NodeError):
+        return None
+    return config if config.run_id == run_id else None
 
 
 def build_stage(

@@ -80,8 +80,11 @@ class Presence:
             await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
 
     async def leave(self) -> None:
-        """Takes the entry out, so that nobody waits for this peer."""
-        await self._unless_dead(self._swarm.withdraw_peer)
+        """Takes the entry out, so that nobody waits for this peer. Where the directory died, it expires by itself."""
+        try:
+            await self._swarm.withdraw_peer()
+        except DirectoryLost as error:
+            log.warning("the entry stays until it expires: %s", error)
 
     async def _look(self) -> None:
         ledger, linked = self._peer.ledger, self._peer.links_open[Side.DOWNSTREAM]

@@ -78,7 +78,7 @@ class BoundedLog:
             return
         if size_bytes <= self._limit_bytes:
             return
-        with self.path.open("rb") as source:
+        with contextlib.suppress(OSError), self.path.open("rb") as source:  # a full disk costs the copy, no more
             source.seek(size_bytes - self._limit_bytes)
             self.path.with_name(self.path.name + ".1").write_bytes(source.read(self._limit_bytes))
         os.truncate(self.path, 0)

@@ -39,14 +39,16 @@ class Speed:
         return tuple(needed <= self.available_bytes for needed in self.stage_bytes)
 
 
-def measure(config: StageConfig, device: str) -> Speed:
+def measure(config: StageConfig, device: str, activation_budget_bytes: int = 1 << 30) -> Speed:
     """Trains a microbatch of noise on the last stage, which every run has, and scales by nothing: stages are alike."""
+    available = _available_bytes(device)  # before the stage that is tried takes its share
     trainer = StageTrainer(config, "speed", config.stages - 1, device=device, activation_budget_bytes=1 << 40)
     fastest = min(_pass(trainer, config, repeat) for repeat in range(REPEATS))
     parameters = trainer.memory().parameters_bytes // 4
-    activations = trainer.memory().microbatch_activations_bytes * config.stages
+    microbatch = trainer.memory().microbatch_activations_bytes
+    activations = max(microbatch, min(microbatch * config.stages, activation_budget_bytes))
     per_stage = parameters * BYTES_PER_PARAMETER + activations + CONSTANT_BYTES
-    return Speed(fastest, (per_stage,) * config.stages, _available_bytes(device))
+    return Speed(fastest, (per_stage,) * config.stages, available)
 
 
 def _pass(trainer: StageTrainer, config: StageConfig, repeat: int) -> timedelta:

@@ -15,13 +15,13 @@ from resbm_pb import stage_pb2
 
 from coordinator.assignment import MachineProfile
 from coordinator.directory import RESERVED, PeerEntry
-from coordinator.errors import StageUnavailable
+from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
 from coordinator.settlement import Place, Rules
-from coordinator.swarm import Swarm
+from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
 from node import speed
 from node.addresses import announced_host
-from node.assembly import StageParts, build_stage, stage_with_state
+from node.assembly import StageParts, build_stage, recall_run, remember_run, stage_with_state
 from node.config import RunConfig, load_toml
 from node.events import Assigned, Live, WorkerSpec, emit
 from node.join_steps import JoinSteps
@@ -40,6 +40,7 @@ from stage_server.wire import PROTOCOL_VERSION, WireFormat
 log = logging.getLogger(__name__)
 
 REACH_LIMIT = timedelta(seconds=3)
+PATIENCE_WITH_STATE = timedelta(minutes=2)
 
 
 class StageNode:
@@ -76,15 +77,28 @@ class StageNode:
             await serving
 
     async def _join_and_serve(self) -> None:
-        run = await self._swarm.fetch_run(self._ticket, lambda text: load_toml(text).run_id)
-        config = load_toml(run.config_toml)
-        await self._swarm.republish_run(run.sealed)
+        config = await self._fetch_config()
         server = StageServer(self._service, WireFormat(config).max_frame_bytes)
         try:
             entry = await self._settle(config, await self._listen(server))
             await self._build_and_serve(config, entry)
         finally:
             await server.stop()
+
+    async def _fetch_config(self) -> RunConfig:
+        """The run as published or, for a peer that has worked on it, as kept. Raises RunNotFound, DirectoryLost."""
+        try:
+            run = await self._swarm.fetch_run(self._ticket, lambda text: load_toml(text).run_id)
+        except RunNotFound:
+            kept = recall_run(self._spec.state_folder, self._ticket.run_id)
+            if kept is None:
+                raise
+            log.warning("the run is not published any more: going on with the run file kept here")
+            return kept
+        config = load_toml(run.config_toml)
+        remember_run(self._spec.state_folder, config, run.config_toml)
+        await self._swarm.republish_run(run.sealed)
+        return config
 
     # -- joining ------------------------------------------------------------------------------------------------
 
@@ -108,12 +122,15 @@ class StageNode:
             except (PortTaken, ValueError):
                 log.info("the port of the life before is taken")
         port = await server.start(self._spec.host, self._spec.port)
-        remembered.write_text(str(port))
+        try:
+            remembered.write_text(str(port))
+        except OSError as error:
+            log.warning("the port is not remembered for a restart: %s", error)
         return port
 
     async def _settle(self, config: RunConfig, endpoint: str) -> PeerEntry:
         with self._steps.step("speed") as note:
-            measured = await asyncio.to_thread(speed.measure, config, self._device)
+            measured = await asyncio.to_thread(speed.measure, config, self._device, self._spec.activation_budget_bytes)
             note(f"{measured.throughput:.1f} microbatches/s on one stage")
         entry = PeerEntry(
             run_id=config.run_id,
@@ -135,9 +152,12 @@ class StageNode:
     async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
         machine = MachineProfile(self._peer_id, measured.throughput, measured.fits)
         asked = self._spec.stage
-        own = stage_with_state(self._spec.state_folder, config.run_id) if asked is None else asked
+        held = stage_with_state(self._spec.state_folder, config.run_id)
+        wanted = held if asked is None else asked
+        # Who holds a stage's weights waits for its place when someone else has taken it meanwhile.
+        patience = PATIENCE_WITH_STATE if held is not None and held == wanted else timedelta(0)
         try:
-            return await self._swarm.settle(entry, machine, config.stages, Rules(wanted=own))
+            return await self._swarm.settle(entry, machine, config.stages, Rules(wanted=wanted, patience=patience))
         except StageUnavailable:
             if asked is not None:
                 raise
@@ -149,7 +169,7 @@ class StageNode:
         metrics = WorkerMetrics(config.run_id, __version__, self._device)
         reporter = EventReporter(entry.stage, metrics, emit)
         with self._steps.step("state") as note:
-            parts = await self._build(config, entry.stage)
+            parts = await self._build(config, entry)
             reporter.base_bytes = parts.base_bytes
             self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
             committed = parts.ledger.committed
@@ -162,15 +182,29 @@ class StageNode:
             note(f"serving stage {entry.stage} at {entry.endpoints[0]}")
         await self._work(config, entry, presence, reporter)
 
-    async def _build(self, config: RunConfig, stage: int) -> StageParts:
-        return await asyncio.to_thread(
-            build_stage,
-            config,
-            stage,
-            state_folder=self._spec.state_folder,
-            device=self._device,
-            activation_budget_bytes=self._spec.activation_budget_bytes,
-        )
+    async def _build(self, config: RunConfig, entry: PeerEntry) -> StageParts:
+        """In a thread, while the claim is renewed: weights and text may take longer than a claim lives."""
+        renewing = asyncio.create_task(self._renew(entry))
+        try:
+            return await asyncio.to_thread(
+                build_stage,
+                config,
+                entry.stage,
+                state_folder=self._spec.state_folder,
+                device=self._device,
+                activation_budget_bytes=self._spec.activation_budget_bytes,
+            )
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+
+    async def _renew(self, entry: PeerEntry) -> None:
+        while True:
+            await asyncio.sleep(PEER_RENEWAL.total_seconds())
+            try:
+                await self._swarm.publish_peer(entry)
+            except DirectoryLost as error:
+                log.warning("the claim is not renewed: %s", error)
 
     async def _work(self, config: RunConfig, entry: PeerEntry, presence: Presence, reporter: EventReporter) -> None:
         peer = self._require_peer()

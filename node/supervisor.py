@@ -27,7 +27,6 @@ from node.events import (
     EXIT_DONE,
     EXIT_REFUSED,
     EXIT_RESTART,
-    Assigned,
     Error,
     Event,
     Worker,
@@ -202,8 +201,6 @@ class Supervisor:
     def _heard(self, event: Event) -> None:
         if isinstance(event, Error):
             self._error = event
-        elif isinstance(event, Assigned):  # its checkpoints are of this stage: a restarted worker goes back to it
-            self._spec = self._spec.model_copy(update={"stage": event.stage})
         self._on_event(event)
 
     def _logged(self, text: str) -> None:

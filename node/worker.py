@@ -11,14 +11,16 @@ import os
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports grpc; with fork support on, forks hang
 
 import asyncio
+import errno
 import logging
 import signal
 import sys
+from types import FrameType
 
 import torch
 import uvloop
 
-from coordinator.errors import DirectoryLost, StageUnavailable, SwarmError
+from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable, SwarmError, TicketUnreachable
 from coordinator.swarm import Swarm
 from coordinator.ticket import decode_ticket
 from node import identity
@@ -41,9 +43,13 @@ from stage_server.errors import RewindNeeded, StageError
 
 log = logging.getLogger(__name__)
 
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
 
 def main() -> int:
     """Runs the worker; returns its exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)  # until there is something to drain, see _serve
     spec = read_spec(sys.stdin.buffer)
     claim_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -51,8 +57,16 @@ def main() -> int:
         return _run(spec)
     except DirectoryLost:
         raise  # a crash: the supervisor starts this worker again
+    except (TicketUnreachable, RunNotFound) as error:
+        if any(spec.state_folder.glob("*/stage-*")):
+            raise  # it was in this swarm before: the network is away for a while, not the ticket wrong
+        return _refuse(error)
     except (SwarmError, NodeError, StageError) as error:
         return _refuse(error)
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        return _refuse(MachineUnfit(f"{error.filename or 'a file'}: {error.strerror}", remedy="free disk space"))
 
 
 def _run(spec: WorkerSpec) -> int:
@@ -109,6 +123,10 @@ def _set_up_machine(spec: WorkerSpec) -> str:
     if spec.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return spec.device
+
+
+def _leave_at_once(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(EXIT_DONE)
 
 
 def _refuse(error: CodedError) -> int:

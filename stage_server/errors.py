@@ -20,6 +20,8 @@ from typing import ClassVar
 
 from resbm_pb import errors_pb2 as codes
 
+MAX_DETAIL_CHARACTERS = 500  # of a neighbour's words that are repeated here
+
 
 class StageError(Exception):
     """Root of this room's errors: one cause in words, one stable code, one remedy."""
@@ -143,6 +145,7 @@ class RewindNeeded(StageError):
 
 def refusal(code: int, detail: str) -> StageError:
     """A neighbour's refusal as an error here: StateLost is final, anything else may pass when the link is redialled."""
+    detail = detail[:MAX_DETAIL_CHARACTERS]
     if code == codes.ERROR_CODE_STATE_LOST:
         return StateLost(detail)
     return LinkLost(f"the neighbour ended the link: {detail}")

@@ -161,9 +161,9 @@ class _ClientStream:
         self._raise_if_closed_here()
         details = await self._call.details() or "no reason given"
         code = dict((await self._call.trailing_metadata()) or ()).get(ERROR_METADATA)
-        if code is None:
-            return LinkLost(f"the link to {self._endpoint} is over: {details}")
-        return refusal(int(code), str(details))
+        if isinstance(code, str) and code.isascii() and code.isdigit():
+            return refusal(int(code), str(details))
+        return LinkLost(f"the link to {self._endpoint} is over: {details}")
 
 
 class ServerStream:

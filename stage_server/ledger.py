@@ -98,7 +98,7 @@ class _Neighbour:
 class _StepWork:
     """Progress within the step being worked on."""
 
-    num_forwarded: int = 0  # in plan order, so a count says which
+    forwarded: set[MicrobatchId] = field(default_factory=set)  # or computed whole, on the last stage
     num_backwarded: int = 0  # likewise among the training microbatches
     done: set[MicrobatchId] = field(default_factory=set)
     losses: dict[MicrobatchId, float] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class StageLedger:
     @property
     def in_flight(self) -> int:
         """Microbatches forwarded and not done yet."""
-        return self._work.num_forwarded - len(self._work.done)
+        return len(self._work.forwarded) - len(self._work.done)
 
     @property
     def queue_depth(self) -> int:
@@ -208,7 +208,7 @@ class StageLedger:
             return None
         name = MicrobatchId(self.step, MicrobatchKind.TRAIN, self._work.num_backwarded)
         returned = self._returns.get(name)
-        return Backward(name, returned.body) if returned and self._is_forwarded(name) else None
+        return Backward(name, returned.body) if returned and name in self._work.forwarded else None
 
     def _next_commit(self) -> Task | None:
         all_done = len(self._work.done) == len(self.plan.microbatches(self.step))
@@ -216,30 +216,27 @@ class StageLedger:
 
     def _next_forward(self) -> Task | None:
         order = self.plan.microbatches(self.step)
-        if self._work.num_forwarded == len(order):
+        if len(self._work.forwarded) == len(order):
             return None
-        name = order[self._work.num_forwarded]
+        name = order[len(self._work.forwarded)]
         if self.is_first:
             return Forward(name, None) if self.in_flight < self.window else None
         payload = self._inputs.get(name)
         return None if payload is None else Forward(name, payload)
-
-    def _is_forwarded(self, name: MicrobatchId) -> bool:
-        return name in self.plan.microbatches(self.step)[: self._work.num_forwarded]
 
     # -- what was computed --------------------------------------------------------------------------------------
 
     def forwarded(self, name: MicrobatchId, body: Any) -> list[Forwarded | Returned]:
         """A stage other than the last has computed forward. Returns what goes out: latents down, maybe a result up."""
         frame = Forwarded(name, body)
-        self._work.num_forwarded += 1
+        self._work.forwarded.add(name)
         self._retained[Side.DOWNSTREAM][name] = frame
         return [frame, *self._relay_result(name)]
 
     def finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Forwarded | Returned]:
         """The microbatch is done here: backward is computed, or on the last stage all of it. Returns what goes up."""
         if self.is_last:
-            self._work.num_forwarded += 1
+            self._work.forwarded.add(name)
         if name.kind is MicrobatchKind.TRAIN:
             self._work.num_backwarded += 1
         self._work.done.add(name)
@@ -288,7 +285,7 @@ class StageLedger:
         returned = self._returns.get(name)
         if name.kind is not MicrobatchKind.EVALUATE or returned is None:
             return []
-        if name.step != self.step or not self._is_forwarded(name):
+        if name.step != self.step or name not in self._work.forwarded:
             return []
         return self.finished(name, returned.loss, returned.body)
 

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 from resbm_pb import stage_pb2
 
 from stage_server.concurrency import until_first_ends
-from stage_server.errors import LinkLost, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
+from stage_server.errors import LinkLost, Oversized, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
 from stage_server.ids import MicrobatchId
 from stage_server.ledger import Forwarded, Returned, Side
 from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
@@ -30,6 +30,8 @@ SILENCE_LIMIT = timedelta(seconds=20)  # a live neighbour says something every S
 HANDSHAKE_LIMIT = timedelta(seconds=20)
 MAX_MICROBATCHES_PER_FRAME = 16
 MAX_FRAMES_AHEAD = 4096  # of one that is missing; a stream in order never has any
+MAX_HELD = 65_536  # microbatches in a handshake
+MAX_PEER_ID_CHARACTERS = 128
 MAX_BYTES_PER_FRAME = 1 << 20  # coalescing stops here; one large microbatch still travels whole
 
 
@@ -112,6 +114,7 @@ class LinkSession:
         self._last_heard = 0.0
         self._said_goodbye = asyncio.Event()
         self._superseded = asyncio.Event()
+        self._report_due = False
 
     def send(self, item: Outbound) -> None:
         """Queues a microbatch for sending."""
@@ -119,7 +122,9 @@ class LinkSession:
 
     def report(self) -> None:
         """Sends the present marks soon, without waiting for the interval."""
-        self._queue.put_nowait(None)
+        if not self._report_due:
+            self._report_due = True
+            self._queue.put_nowait(None)
 
     def supersede(self) -> None:
         """Ends the session: the neighbour has opened a newer stream."""
@@ -160,6 +165,8 @@ class LinkSession:
         if peer.WhichOneof("body") != "open":
             raise ProtocolViolation(f"the first frame of a link is Open, not {peer.WhichOneof('body')}")
         identity = self._check_open(peer.open)
+        if len(peer.open.held) > MAX_HELD or len(peer.open.peer_id) > MAX_PEER_ID_CHARACTERS:
+            raise Oversized(f"the {self._side} peer's Open names {len(peer.open.held)} microbatches")
         held = decode_held(peer.open.held)
         for item in self._host.link_opened(self, self._side, identity, peer.open.committed_step, held):
             self.send(item)
@@ -239,6 +246,7 @@ class LinkSession:
 
     async def _send_status(self) -> None:
         committed, durable = self._host.link_status(self._side)
+        self._report_due = False
         self._statuses_sent += 1
         status = stage_pb2.LinkStatus(
             frames_sent=self._frames_sent,
@@ -265,6 +273,7 @@ class LinkSession:
         self._last_heard = loop.time()
         while True:
             frame = await self._stream.receive()
+            frame.DiscardUnknownFields()  # what is kept and passed on holds nothing that was not checked
             self._last_heard = loop.time()
             self._host.count_received(self._side, frame.ByteSize())
             self._take(frame)

@@ -148,6 +148,7 @@ class StagePeer:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device") as device:
             while not self._draining:
                 self._wake.clear()
+                await self._prune(device)
                 task = self.ledger.next_task()
                 if task is None:
                     await self._wait()
@@ -218,7 +219,8 @@ class StagePeer:
                 return self._enter_finished(name, loss, body)
             case Forward(name, _):
                 self.totals.dense_bytes += self._wire.dense_bytes
-                self._sent_at[name] = time.monotonic()
+                if self.ledger.is_first and name.kind is MicrobatchKind.TRAIN:
+                    self._sent_at[name] = time.monotonic()
                 return self._note_evaluation(name, self.ledger.forwarded(name, outcome))
             case Backward(name, payload):
                 self.totals.dense_bytes += self._wire.dense_bytes
@@ -228,7 +230,6 @@ class StagePeer:
                 self._enter_commit(step, outcome)
             case Checkpoint(step):
                 self.ledger.checkpointed(step)
-                self._after_new_floor()
                 self._report(outcome)
                 self._report_to_neighbours()
         return []
@@ -288,11 +289,12 @@ class StagePeer:
         for session in self._sessions.values():
             session.report()
 
-    def _after_new_floor(self) -> None:
+    async def _prune(self, device: ThreadPoolExecutor) -> None:
+        """Removes checkpoints below the floor, away from the event loop: they may be gigabytes."""
         floor = self.ledger.floor
         if floor is not None and floor != self._pruned_to:
+            await asyncio.get_running_loop().run_in_executor(device, self._checkpoints.prune, floor)
             self._pruned_to = floor
-            self._checkpoints.prune(floor)
 
     # -- links --------------------------------------------------------------------------------------------------
 
@@ -300,20 +302,17 @@ class StagePeer:
         """Runs the link that the upstream peer has opened, until it ends."""
         try:
             await self._run_session(stream, Side.UPSTREAM)
-        except (RewindNeeded, StateLost) as error:
+        except RewindNeeded as error:
             if not self._failure.done():
                 self._failure.set_exception(error)
-        except (LinkLost, FrameError):
-            return  # reported by _run_session; the upstream peer dials again
+        except (LinkLost, FrameError, StateLost):
+            return  # reported by _run_session; anybody can dial, so no caller's word ends this peer
 
     async def _keep_downstream(self) -> None:
         pause = REDIAL_FIRST
         while True:
-            await self._next_hop_known.wait()  # for ever on the last stage
-            if self._next_hop is None:
-                raise ProtocolViolation("a next hop was announced without an address")
             try:
-                stream = await self._dialer.dial(self._next_hop)
+                stream = await self._dialer.dial(await self._known_next_hop())  # for ever unknown on the last stage
                 opened_at = time.monotonic()
                 try:
                     await self._run_session(stream, Side.DOWNSTREAM)
@@ -323,6 +322,11 @@ class StagePeer:
             except (LinkLost, FrameError):
                 await asyncio.sleep(pause.total_seconds() * random.uniform(0.7, 1.3))
                 pause = min(2 * pause, REDIAL_LONGEST)
+
+    async def _known_next_hop(self) -> str:
+        while self._next_hop is None:
+            await self._next_hop_known.wait()
+        return self._next_hop
 
     async def _run_session(self, stream: FrameStream, side: Side) -> None:
         session = LinkSession(stream, side, self)
@@ -375,8 +379,12 @@ class StagePeer:
 
     def _receive_gradients(self, message: stage_pb2.Gradients) -> list[Outbound]:
         m = self._wire.decode_gradients(message)
-        # An evaluation's result is relayed as it came; a gradient is for the trainer.
-        payload: GradientMicrobatch | stage_pb2.Gradients = m if m.name.kind is MicrobatchKind.TRAIN else message
+        train = m.name.kind is MicrobatchKind.TRAIN
+        # A gradient is for the trainer. An evaluation's result is relayed: written anew, since `message` is a view
+        # that would keep its whole frame alive.
+        payload: GradientMicrobatch | stage_pb2.Gradients = (
+            m if train else self._wire.encode_gradients(m.name, m.loss, None)
+        )
         return self._note_evaluation(m.name, self.ledger.receive_gradients(m.name, m.loss, payload))
 
     @staticmethod
@@ -389,7 +397,6 @@ class StagePeer:
 
     def link_received_status(self, side: Side, committed: int, durable: int | None) -> None:
         changed = self.ledger.receive_status(side, committed, durable)
-        self._after_new_floor()
         other = self._sessions.get(Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM)
         if changed and other is not None:
             other.report()

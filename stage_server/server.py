@@ -20,6 +20,7 @@ from stage_server.grpc_links import ServerStream, abort, server_options
 from stage_server.links import FrameStream
 
 CHUNK_BYTES = 1 << 20
+MAX_CONCURRENT_CALLS = 64
 SERVICE = "resbm.v1.Stage"
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -120,7 +121,9 @@ class StageServer:
     """The listening server. `start` returns the port; `stop` ends every call."""
 
     def __init__(self, service: StageService, max_frame_bytes: int) -> None:
-        self._server = grpc.aio.server(options=server_options(max_frame_bytes))
+        self._server = grpc.aio.server(
+            options=server_options(max_frame_bytes), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
+        )
         self._health = health.aio.HealthServicer()
         add_StageServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -43,6 +43,8 @@ from stage_server.profile import Profile, Work
 PROTOCOL_VERSION = 1
 DENSE_BYTES_PER_VALUE = 2  # bf16, what the uncompressed activations would have cost
 MAX_LOSS = 1e4  # nats per token; anything above is not a loss
+MAX_SCALE_CODE = 220  # 2^5: gradients of a mean loss are far below 1; the codec's own top leaves room to amplify them
+_ZSTD_OVERHEAD_BYTES = 256  # more than a frame around incompressible bytes has
 _WORTH_COMPRESSING_BYTES = 64  # a zstandard frame has about 10 bytes of its own
 _WORTH_KEEPING = 0.97  # decompression is not free: below 3 % saved, bytes go as they are
 
@@ -125,11 +127,13 @@ class WireFormat:
             name = decode_name(message.step, message.kind, message.index)
             if message.checksum != _latents_checksum(message):
                 raise CorruptFrame(f"the checksum of the latents of {name} does not match")
+            packed_token_ids = tensors_pb2.TokenIds()
+            packed_token_ids.CopyFrom(message.token_ids)  # a view would keep the whole frame alive
             return LatentMicrobatch(
                 name,
                 self._decode_token_ids(message.token_ids),
                 self._decode_packed(message.latents, self.forward),
-                message.token_ids,
+                packed_token_ids,
             )
 
     # -- gradients ----------------------------------------------------------------------------------------------
@@ -182,6 +186,8 @@ class WireFormat:
             raise WrongShape(f"a tensor of shape {shape} where the run has {(self.batch, self.tokens, self.width)}")
         values = _unsqueeze(message.values, message.values_compression, values_size(encoding, *shape))
         scales = _unsqueeze(message.scales, message.scales_compression, scales_size(encoding, *shape))
+        if scales and max(scales) > MAX_SCALE_CODE:
+            raise NotFinite(f"a gradient beyond 32 in magnitude (scale code {max(scales)})")
         packed = Packed(encoding, *shape, values, scales)
         if encoding in (Encoding.FP32, Encoding.BF16):
             unpack(packed, 1.0)  # refuses NaN, infinity and absurd numbers; the grids have none
@@ -254,6 +260,8 @@ def _squeeze(data: bytes, level: int) -> tuple[bytes, tensors_pb2.Compression.Va
 
 def _unsqueeze(data: bytes, compression: int, size: int) -> bytes:
     """The plain bytes, of which there must be exactly `size`; never allocates more than that."""
+    if len(data) > size + _ZSTD_OVERHEAD_BYTES:  # padding would be kept and passed on
+        raise Oversized(f"a payload of {len(data)} bytes where the shape allows {size}")
     if compression == tensors_pb2.COMPRESSION_ZSTD:
         data = _decompress(data, size)
     elif compression != tensors_pb2.COMPRESSION_NONE:

@@ -52,14 +52,16 @@ def test_a_worker_that_finishes_ends_the_supervisor(tmp_path: Path) -> None:
     assert events[1] == Complete(stage=0, step=3)
 
 
-def test_a_killed_worker_is_restarted_and_goes_back_to_its_stage(tmp_path: Path) -> None:
+def test_a_killed_worker_is_restarted_and_chooses_for_itself_again(tmp_path: Path) -> None:
+    """It finds its old place by its checkpoints and its record; pinned to a stage it could never give way."""
     events: list[Event] = []
     code = """
         if life == 1:
             assert spec.stage is None
             emit(Assigned(stage=2, num_stages=4, reason="needed"))
             os.kill(os.getpid(), signal.SIGKILL)
-        emit(Complete(stage=spec.stage, step=1))
+        assert spec.stage is None
+        emit(Complete(stage=2, step=1))
     """
     ended = run(supervisor(tmp_path, code, events))
     assert ended.outcome is Outcome.COMPLETE
