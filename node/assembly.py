@@ -105,6 +105,7 @@ def build_stage(
     """
     run_id = config.run_id
     source = _source(config) if stage == 0 else None
+    resident.give_back_freed()  # of the speed measurement and of reading the text
     base_bytes = resident.now_bytes()
     checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
     trainer = StageTrainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)

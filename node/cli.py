@@ -14,6 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from node.bench.codec import codec
+from node.bench.local import local
+from node.bench.wire import wire
 from node.commands.coordinator import coordinator
 from node.commands.demo import demo
 from node.commands.doctor import doctor
@@ -43,6 +46,14 @@ def build_app() -> typer.Typer:
     app.callback()(_options)
     for command in (demo, init, coordinator, join, status, reference, doctor):
         app.command(command.__name__)(guarded(command))
+    bench = typer.Typer(
+        help="Measure: each benchmark compares in one run and writes its full result to a file.",
+        epilog="Start here: resbm-node bench codec --quick.",
+        no_args_is_help=True,
+    )
+    for benchmark in (codec, wire, local):
+        bench.command(benchmark.__name__)(guarded(benchmark))
+    app.add_typer(bench, name="bench")
     return app
 
 
