@@ -42,7 +42,12 @@ def local(
     cases = [
         Case(name, count) for name in preset or ("demo", "wide") for count in stages or ((4,) if quick else (4, 2))
     ]
-    plan = Plan(pairs=pairs or (1 if quick else 3), warm_up=2 if quick else 4, steps=steps or (5 if quick else 20))
+    plan = Plan(
+        pairs=pairs or (1 if quick else 3),
+        more_pairs=0 if quick else 3,
+        warm_up=2 if quick else 4,
+        steps=steps or (5 if quick else 20),
+    )
     with watching(json_lines=json_lines) as watcher:
         report = Report("local", watcher, quick=quick, out=out)
         results = measure(cases, plan, watcher)
@@ -64,12 +69,33 @@ class Plan:
     """How much is run for each case."""
 
     pairs: int
+    more_pairs: int  # that may replace ones in which other programs were busy
     warm_up: int  # steps before the steady ones: allocators, caches and the credit window settle
     steps: int  # steady ones
 
 
-CALIBRATION = Plan(pairs=1, warm_up=1, steps=3)
+CALIBRATION = Plan(pairs=1, more_pairs=0, warm_up=1, steps=3)
 """Enough to see how many threads suit the reference best."""
+
+MAX_FOREIGN_SHARE = 0.05
+"""A pair counts as undisturbed when other programs took no more of the cores than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two runs that were neighbours in time."""
+
+    swarm: SwarmRun
+    reference: ReferenceRun
+
+    @property
+    def ratio(self) -> float:
+        return self.swarm.tokens_per_second / self.reference.tokens_per_second
+
+    @property
+    def foreign_share(self) -> float:
+        """The most that other programs took of the cores in either run."""
+        return max(self.swarm.cpu.foreign_share, self.reference.cpu.foreign_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +109,21 @@ class CaseResult:
     tokens_per_step: int
     reference_threads: int
     calibration: Sequence[ReferenceRun]  # by number of threads: the best of them is the reference
-    swarm: Sequence[SwarmRun]
-    reference: Sequence[ReferenceRun]
+    pairs: Sequence[Pair]
+    left_out: Sequence[Pair]  # disturbed, and others were less so
 
     @property
     def ratio(self) -> Spread:
-        """Swarm / reference, of the runs that were neighbours in time."""
-        pairs = zip(self.swarm, self.reference, strict=True)
-        return Spread.of([swarm.tokens_per_second / alone.tokens_per_second for swarm, alone in pairs])
+        """Swarm / reference, in tokens per second."""
+        return Spread.of([pair.ratio for pair in self.pairs])
+
+    @property
+    def swarm(self) -> list[SwarmRun]:
+        return [pair.swarm for pair in self.pairs]
+
+    @property
+    def foreign_share(self) -> float:
+        return max(pair.foreign_share for pair in self.pairs)
 
 
 def measure(cases: Sequence[Case], plan: Plan, watcher: Watcher) -> list[CaseResult]:
@@ -146,15 +179,13 @@ class _Case:
     def measure(self) -> CaseResult:
         calibration = [self._run_reference(threads, CALIBRATION) for threads in self._thread_counts]
         threads = max(calibration, key=lambda run: run.tokens_per_second).threads
-        swarm: list[SwarmRun] = []
-        alone: list[ReferenceRun] = []
-        for pair in range(self.plan.pairs):
-            for is_swarm in (True, False) if pair % 2 == 0 else (False, True):
-                if is_swarm:
-                    swarm.append(self._run_swarm())
-                else:
-                    alone.append(self._run_reference(threads, self.plan))
-            self._tell(pair, swarm[-1], alone[-1])
+        made: list[Pair] = []
+        undisturbed, least, most = 0, self.plan.pairs, self.plan.pairs + self.plan.more_pairs
+        while undisturbed < least and len(made) < most:
+            made.append(self._pair(threads, swarm_first=len(made) % 2 == 0))
+            undisturbed += made[-1].foreign_share <= MAX_FOREIGN_SHARE
+            self._tell(len(made), made[-1])
+        made.sort(key=lambda pair: pair.foreign_share)
         config, plan = self.config, self.config.plan
         tokens_per_step = plan.microbatches_per_step * plan.batch * plan.tokens
         return CaseResult(
@@ -165,9 +196,16 @@ class _Case:
             tokens_per_step,
             threads,
             calibration,
-            swarm,
-            alone,
+            made[:least],
+            made[least:],
         )
+
+    def _pair(self, threads: int, *, swarm_first: bool) -> Pair:
+        if swarm_first:
+            swarm = self._run_swarm()
+            return Pair(swarm, self._run_reference(threads, self.plan))
+        alone = self._run_reference(threads, self.plan)
+        return Pair(self._run_swarm(), alone)
 
     def _run_reference(self, threads: int, plan: Plan) -> ReferenceRun:
         from node.bench.reference_run import run_reference
@@ -190,25 +228,24 @@ class _Case:
         def on_step(step: int) -> None:
             of_case = (steps_before + step) / self._num_steps
             start, end = self._span
-            self._watcher.doing(text, start + (end - start) * of_case)
+            self._watcher.doing(text, start + (end - start) * min(1.0, of_case))
 
         on_step(0)
         return on_step
 
-    def _tell(self, pair: int, swarm: SwarmRun, alone: ReferenceRun) -> None:
-        ratio = swarm.tokens_per_second / alone.tokens_per_second
-        case = self.case
+    def _tell(self, number: int, pair: Pair) -> None:
+        case, swarm, alone = self.case, pair.swarm.tokens_per_second, pair.reference.tokens_per_second
         self._watcher.note(
             {
                 "event": "pair",
                 "preset": case.preset,
                 "stages": case.stages,
-                "pair": pair + 1,
-                "swarm_tokens_per_second": swarm.tokens_per_second,
-                "reference_tokens_per_second": alone.tokens_per_second,
-                "ratio": ratio,
-                "foreign_share": max(swarm.cpu.foreign_share, alone.cpu.foreign_share),
-                "text": f"{case.preset}, {case.stages} stages, pair {pair + 1}: swarm {swarm.tokens_per_second:,.0f}, "
-                f"reference {alone.tokens_per_second:,.0f} tokens/s, ratio {ratio:.3f}",
+                "pair": number,
+                "swarm_tokens_per_second": swarm,
+                "reference_tokens_per_second": alone,
+                "ratio": pair.ratio,
+                "foreign_share": pair.foreign_share,
+                "text": f"{case.preset}, {case.stages} stages, pair {number}: swarm {swarm:,.0f}, reference "
+                f"{alone:,.0f} tokens/s, ratio {pair.ratio:.3f}, other programs {100 * pair.foreign_share:.0f} %",
             }
         )

@@ -30,20 +30,14 @@ def summary_of(results: Sequence[CaseResult]) -> dict[str, Any]:
         "ratio_high": first.high,
         **{name: spread.median for name, spread in ratios.items()},
         "memory_over_bound": max(
-            memory.peak_bytes / _bound_bytes(memory) for r in results for run in r.swarm for memory in run.memory
+            memory.peak_bytes / bound_bytes(memory) for r in results for run in r.swarm for memory in run.memory
         ),
-        "foreign_share": max(map(_foreign_share, results)),
+        "foreign_share": max(result.foreign_share for result in results),
     }
 
 
 def tables_of(results: Sequence[CaseResult]) -> list[Table]:
     return [_speed(results), _processor(results), *map(_stages, results), _memory(results)]
-
-
-def _foreign_share(result: CaseResult) -> float:
-    """The most that programs other than ours took of the cores in any run."""
-    accounts = [run.cpu for run in result.swarm] + [run.cpu for run in result.reference]
-    return max(account.foreign_share for account in accounts)
 
 
 def _name(result: CaseResult) -> str:
@@ -53,7 +47,8 @@ def _name(result: CaseResult) -> str:
 def _speed(results: Sequence[CaseResult]) -> Table:
     rows = []
     for r in results:
-        swarm, alone = (Spread.of([run.tokens_per_second for run in runs]) for runs in (r.swarm, r.reference))
+        swarm = Spread.of([pair.swarm.tokens_per_second for pair in r.pairs])
+        alone = Spread.of([pair.reference.tokens_per_second for pair in r.pairs])
         rows.append(
             [
                 _name(r),
@@ -61,7 +56,7 @@ def _speed(results: Sequence[CaseResult]) -> Table:
                 swarm.text(0),
                 f"{alone.text(0)} with {r.reference_threads} threads",
                 r.ratio.text(3),
-                f"{100 * _foreign_share(r):.1f} %",
+                f"{100 * r.foreign_share:.1f} %",
             ]
         )
     columns = ["run", "H", "swarm, tokens/s", "reference, tokens/s", "swarm / reference", "taken by other programs"]
@@ -136,7 +131,7 @@ def accounted_bytes(memory: MemoryUse) -> int:
     return memory.parameters_bytes + memory.gradients_bytes + memory.optimizer_bytes + memory.activations_bytes
 
 
-def _bound_bytes(memory: MemoryUse) -> float:
+def bound_bytes(memory: MemoryUse) -> float:
     return MEMORY_FACTOR * accounted_bytes(memory) + memory.base_bytes + WORKING_ROOM_BYTES
 
 
@@ -145,10 +140,10 @@ def _memory(results: Sequence[CaseResult]) -> Table:
     for r in results:
         for stage in range(r.case.stages):
             runs = [run.memory[stage] for run in r.swarm]
-            most = max(runs, key=lambda memory: memory.peak_bytes / _bound_bytes(memory))
+            most = max(runs, key=lambda memory: memory.peak_bytes / bound_bytes(memory))
             parts = [most.parameters_bytes, most.gradients_bytes, most.optimizer_bytes, most.activations_bytes]
-            figures = [*parts, accounted_bytes(most), most.base_bytes, _bound_bytes(most), most.peak_bytes]
-            share = f"{most.peak_bytes / _bound_bytes(most):.2f}"
+            figures = [*parts, accounted_bytes(most), most.base_bytes, bound_bytes(most), most.peak_bytes]
+            share = f"{most.peak_bytes / bound_bytes(most):.2f}"
             rows.append([f"{_name(r)}, stage {stage}", *(f"{figure / 1e6:,.0f}" for figure in figures), share])
     columns = ["", "parameters", "gradients", "optimizer", "activations", "sum", "base", "bound", "peak", "peak/bound"]
     return Table(
