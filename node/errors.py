@@ -5,6 +5,8 @@
     ├── DataUnreadable                                      the training text
     ├── PortTaken MachineUnfit                              this machine
     ├── IdentityInvalid StateFolderBusy FileExists          files of ours
+    ├── PrivilegeMissing ToolMissing KernelLacks
+    │   LabFailed EngineUnavailable                         the WAN lab
     └── WorkerCrashed                                       a worker died once too often
 
 The other rooms have trees of the same shape. `CodedError` is what all of them look like, so that the command line can
@@ -94,6 +96,31 @@ class StateFolderBusy(NodeError):
 class FileExists(NodeError):
     code = codes.ERROR_CODE_FILE_EXISTS
     remedy = "choose another path, or overwrite it with --force"
+
+
+class PrivilegeMissing(NodeError):
+    code = codes.ERROR_CODE_PRIVILEGE_MISSING
+    remedy = "run it as root, for example with sudo"
+
+
+class ToolMissing(NodeError):
+    code = codes.ERROR_CODE_TOOL_MISSING
+    remedy = "install it: on Debian and Ubuntu, apt-get install iproute2 iptables"
+
+
+class KernelLacks(NodeError):
+    code = codes.ERROR_CODE_KERNEL_LACKS
+    remedy = "load the module (modprobe sch_htb, sch_netem, ifb, xt_NFQUEUE) or use a kernel that has it"
+
+
+class LabFailed(NodeError):
+    code = codes.ERROR_CODE_LAB_FAILED
+    remedy = "read what the system said; nothing of the lab was left behind"
+
+
+class EngineUnavailable(NodeError):
+    code = codes.ERROR_CODE_ENGINE_UNAVAILABLE
+    remedy = "install and start Docker (https://docs.docker.com/engine/install) with its compose plugin, then try again"
 
 
 class WorkerCrashed(NodeError):

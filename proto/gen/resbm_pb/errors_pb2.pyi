@@ -44,6 +44,16 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """Another process already uses this state folder."""
     ERROR_CODE_FILE_EXISTS: _ErrorCode.ValueType  # 109
     """A file exists and would be overwritten."""
+    ERROR_CODE_PRIVILEGE_MISSING: _ErrorCode.ValueType  # 110
+    """The command needs root or a capability that this process lacks."""
+    ERROR_CODE_TOOL_MISSING: _ErrorCode.ValueType  # 111
+    """A program that the command runs is not installed."""
+    ERROR_CODE_KERNEL_LACKS: _ErrorCode.ValueType  # 112
+    """The kernel lacks a queueing discipline or another network feature."""
+    ERROR_CODE_LAB_FAILED: _ErrorCode.ValueType  # 113
+    """The system refused a step of setting up the lab."""
+    ERROR_CODE_ENGINE_UNAVAILABLE: _ErrorCode.ValueType  # 114
+    """No container engine runs here, and none could be started."""
     ERROR_CODE_WRONG_VERSION: _ErrorCode.ValueType  # 201
     """2xx: frames and links.
     The peer speaks another version of the wire contract.
@@ -132,6 +142,16 @@ ERROR_CODE_STATE_FOLDER_BUSY: ErrorCode.ValueType  # 108
 """Another process already uses this state folder."""
 ERROR_CODE_FILE_EXISTS: ErrorCode.ValueType  # 109
 """A file exists and would be overwritten."""
+ERROR_CODE_PRIVILEGE_MISSING: ErrorCode.ValueType  # 110
+"""The command needs root or a capability that this process lacks."""
+ERROR_CODE_TOOL_MISSING: ErrorCode.ValueType  # 111
+"""A program that the command runs is not installed."""
+ERROR_CODE_KERNEL_LACKS: ErrorCode.ValueType  # 112
+"""The kernel lacks a queueing discipline or another network feature."""
+ERROR_CODE_LAB_FAILED: ErrorCode.ValueType  # 113
+"""The system refused a step of setting up the lab."""
+ERROR_CODE_ENGINE_UNAVAILABLE: ErrorCode.ValueType  # 114
+"""No container engine runs here, and none could be started."""
 ERROR_CODE_WRONG_VERSION: ErrorCode.ValueType  # 201
 """2xx: frames and links.
 The peer speaks another version of the wire contract.
