@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -36,30 +35,14 @@ from stage_server.reports import (
     StepReport,
     mean_loss,
 )
-from stage_server.trainer import StageTrainer
+from stage_server.totals import Replays, Result, Totals
+from stage_server.trainer import Direction, StageTrainer
 from stage_server.window import CreditWindow
 from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
 
 REDIAL_FIRST = timedelta(milliseconds=50)
 REDIAL_LONGEST = timedelta(seconds=2)
 GOODBYE_LIMIT = timedelta(seconds=2)
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counters since the process started; seconds and bytes only grow."""
-
-    compute_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    dense_bytes: int = 0
-    sent_bytes: dict[Side, int] = field(default_factory=lambda: dict.fromkeys(Side, 0))
-    received_bytes: dict[Side, int] = field(default_factory=lambda: dict.fromkeys(Side, 0))
-    frames_refused: int = 0
-    microbatches: int = 0
-
-    def link(self) -> LinkBytes:
-        """Traffic with the next stage so far."""
-        return LinkBytes(self.dense_bytes, self.sent_bytes[Side.DOWNSTREAM], self.received_bytes[Side.DOWNSTREAM])
 
 
 class StagePeer:
@@ -81,6 +64,7 @@ class StagePeer:
         self.identity = identity
         self.ledger = ledger
         self.totals = Totals()
+        self._replays = Replays()
         self._trainer = trainer
         self._wire = wire
         self._checkpoints = checkpoints
@@ -128,6 +112,16 @@ class StagePeer:
     @property
     def links_open(self) -> dict[Side, bool]:
         return {side: side in self._sessions for side in Side}
+
+    @property
+    def next_hop(self) -> str | None:
+        """Where the downstream peer is dialled; None while unknown."""
+        return self._next_hop
+
+    @property
+    def codec_errors(self) -> Mapping[Direction, float]:
+        """Relative error of what was written last in each direction, see `StageTrainer`."""
+        return self._trainer.codec_errors
 
     async def _fail_when_told(self) -> None:
         await self._failure
@@ -216,14 +210,18 @@ class StagePeer:
         match task:
             case Forward(name, _) if self.ledger.is_last:
                 loss, body = outcome
+                self._replays.forwarded(name)
                 return self._enter_finished(name, loss, body)
             case Forward(name, _):
-                self.totals.dense_bytes += self._wire.dense_bytes
+                self.totals.dense_bytes_forward += self._wire.dense_bytes
+                self._replays.forwarded(name)
+                if name.kind is MicrobatchKind.EVALUATE:
+                    self._count_finished(name)
                 if self.ledger.is_first and name.kind is MicrobatchKind.TRAIN:
                     self._sent_at[name] = time.monotonic()
                 return self._note_evaluation(name, self.ledger.forwarded(name, outcome))
             case Backward(name, payload):
-                self.totals.dense_bytes += self._wire.dense_bytes
+                self.totals.dense_bytes_backward += self._wire.dense_bytes
                 self._note_round_trip(name)
                 return self._enter_finished(name, payload.loss, outcome)
             case Commit(step):
@@ -235,9 +233,13 @@ class StagePeer:
         return []
 
     def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Outbound]:
-        if name.kind is MicrobatchKind.TRAIN:
-            self.totals.microbatches += 1
+        self._count_finished(name)
         return self._note_evaluation(name, self.ledger.finished(name, loss, body))
+
+    def _count_finished(self, name: MicrobatchId) -> None:
+        """This stage has nothing more to compute for the microbatch."""
+        first_time = Result.TRAINED if name.kind is MicrobatchKind.TRAIN else Result.EVALUATED
+        self.totals.microbatches[Result.REPLAYED if self._replays.finished(name) else first_time] += 1
 
     def _enter_commit(self, step: StepIndex, outcome: Any) -> None:
         losses = self.ledger.losses(MicrobatchKind.TRAIN)
@@ -355,7 +357,9 @@ class StagePeer:
     def link_opened(
         self, session: LinkSession, side: Side, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]
     ) -> list[Outbound]:
+        held = list(held)
         backlog = self.ledger.opened(side, committed, held)
+        self._replays.opened(side, committed, held)
         before = self._sessions.get(side)
         self._sessions[side] = session
         if before is not None:
@@ -365,21 +369,28 @@ class StagePeer:
         return backlog
 
     def link_received(self, side: Side, frame: Frame) -> None:
-        if isinstance(frame, stage_pb2.UpstreamFrame):
-            self._check_direction(side, Side.UPSTREAM)
-            latents = [self._wire.decode_latents(message) for message in frame.latents.microbatches]
-            answers = [item for m in latents for item in self.ledger.receive_latents(m.name, m)]
-        else:
-            self._check_direction(side, Side.DOWNSTREAM)
-            messages = frame.gradients.microbatches
-            answers = [item for message in messages for item in self._receive_gradients(message)]
+        data = frame.latents if isinstance(frame, stage_pb2.UpstreamFrame) else frame.gradients
+        try:
+            answers = self._receive(side, frame)
+        except FrameError:
+            self.totals.microbatches[Result.REFUSED] += len(data.microbatches)
+            raise
         for item in answers:
             self._send(item)
         self._wake.set()
 
+    def _receive(self, side: Side, frame: Frame) -> list[Outbound]:
+        if isinstance(frame, stage_pb2.UpstreamFrame):
+            self._check_direction(side, Side.UPSTREAM)
+            latents = [self._wire.decode_latents(message) for message in frame.latents.microbatches]
+            return [item for m in latents for item in self.ledger.receive_latents(m.name, m)]
+        self._check_direction(side, Side.DOWNSTREAM)
+        return [item for message in frame.gradients.microbatches for item in self._receive_gradients(message)]
+
     def _receive_gradients(self, message: stage_pb2.Gradients) -> list[Outbound]:
         m = self._wire.decode_gradients(message)
         train = m.name.kind is MicrobatchKind.TRAIN
+        self.totals.hops.returned(m.name, time.monotonic())
         # A gradient is for the trainer. An evaluation's result is relayed: written anew, since `message` is a view
         # that would keep its whole frame alive.
         payload: GradientMicrobatch | stage_pb2.Gradients = (
@@ -407,6 +418,10 @@ class StagePeer:
 
     def count_sent(self, side: Side, num_bytes: int, items: Sequence[Outbound]) -> None:
         self.totals.sent_bytes[side] += num_bytes
+        now = time.monotonic()
+        for item in items:
+            if side is Side.DOWNSTREAM and item.name.kind is MicrobatchKind.TRAIN:
+                self.totals.hops.sent(item.name, now)
 
     def count_received(self, side: Side, num_bytes: int) -> None:
         self.totals.received_bytes[side] += num_bytes

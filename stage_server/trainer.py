@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +33,13 @@ from stage_server.codec import (
 )
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid, NotFinite, ProtocolViolation
-from stage_server.ids import MicrobatchId
+from stage_server.ids import MicrobatchId, MicrobatchKind
 from stage_server.module import StageModule, next_token_loss
 from stage_server.optimizer import CommitReport, StageOptimizer
 from stage_server.profile import Profile, Work
 
 TokenIds = npt.NDArray[np.int32]
+Direction = Literal["forward", "backward"]
 _PARAMETER = "parameter."
 _OPTIMIZER = "optimizer."
 
@@ -97,6 +99,7 @@ class StageTrainer:
         self._parameters = dict(self.module.named_global_parameters())
         self._optimizer = StageOptimizer(self._parameters, config.optimizer, config.stages, config.plan.steps)
         self._meter = ActivationMeter(self._parameters.values(), activation_budget_bytes)
+        self.codec_errors: dict[Direction, float] = {}
         self._graphs: dict[MicrobatchId, _Graph] = {}
         self._inputs: dict[MicrobatchId, _Inputs] = {}
 
@@ -116,14 +119,14 @@ class StageTrainer:
         if not self._meter.may_keep(len(self._graphs)):
             self._inputs[name] = inputs
             with torch.no_grad():
-                return self._pack_latents(self._graph(inputs).output)
+                return self._pack_latents(name, self._graph(inputs).output)
         graph = self._graph(inputs)
         if self._meter.may_keep(len(self._graphs)):  # only now known for the first microbatch
             self._graphs[name] = graph
         else:
             self._inputs[name] = inputs
         self._meter.held(len(self._graphs) + (name in self._inputs))
-        return self._pack_latents(graph.output)
+        return self._pack_latents(name, graph.output)
 
     def backward(self, name: MicrobatchId, gradients: Packed) -> Packed | None:
         """Add the microbatch's share to this stage's gradients; the gradient for the stage before, None on stage 0.
@@ -162,7 +165,7 @@ class StageTrainer:
     def evaluate(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed | float:
         """Forward only: latents for the next stage, or on the last stage the loss in nats per token."""
         output = self._graph(_Inputs(token_ids, latents)).output
-        return _finite(float(output), name) if self.module.is_last else self._pack_latents(output)
+        return _finite(float(output), name) if self.module.is_last else self._pack_latents(name, output)
 
     def commit(self, step: int) -> CommitReport:
         """One optimizer step (1-based) with the gradients summed since the last.
@@ -260,12 +263,24 @@ class StageTrainer:
         encoding = backward_encoding(codec)
         generator = rounding_generator(codec, self.run_id, name, self.stage - 1)
         with self.profile.span(Work.PACK):
-            return pack(sent_BTh, encoding, clip_for(codec, encoding), generator)
+            packed = pack(sent_BTh, encoding, clip_for(codec, encoding), generator)
+        self._note_codec_error("backward", name, sent_BTh, packed)
+        return packed
 
-    def _pack_latents(self, output_BTh: Tensor) -> Packed:
+    def _pack_latents(self, name: MicrobatchId, output_BTh: Tensor) -> Packed:
         encoding = forward_encoding(self.config.codec)
         with self.profile.span(Work.PACK):
-            return pack(output_BTh, encoding, clip_for(self.config.codec, encoding))
+            packed = pack(output_BTh, encoding, clip_for(self.config.codec, encoding))
+        self._note_codec_error("forward", name, output_BTh, packed)
+        return packed
+
+    @torch.no_grad()
+    def _note_codec_error(self, direction: Direction, name: MicrobatchId, x_BTh: Tensor, packed: Packed) -> None:
+        """Relative error ‖written − x‖ / ‖x‖ of one microbatch a step: telling costs as much as reading it once."""
+        if name.kind is MicrobatchKind.TRAIN and name.index == 0:
+            written_BTh = unpack(packed, clip_for(self.config.codec, packed.encoding), x_BTh.device)
+            norm = float(x_BTh.float().norm())
+            self.codec_errors[direction] = float((written_BTh - x_BTh).norm()) / norm if norm else 0.0
 
     def _unpack(self, packed: Packed, encoding: Encoding) -> Tensor:
         plan = self.config.plan
