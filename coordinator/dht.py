@@ -34,6 +34,9 @@ _KEY_FILE = "dht_identity.key"
 Found = dict[str, dict[str, bytes]]
 """By key: by subkey: the stored bytes."""
 
+RequestListener = Callable[[str, float, bool], None]
+"""Told of a request that has ended: its kind ("store", "get"), the seconds it took, whether it failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
@@ -71,6 +74,7 @@ class Directory:
         self._daemons = children.descendants_of(dht.pid)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="dht-sender")
         self._stats: dict[str, RequestStats] = {}
+        self._listener: RequestListener | None = None
         self._closed = False
 
     @classmethod
@@ -108,6 +112,10 @@ class Directory:
     def addresses(self) -> tuple[str, ...]:
         """Full multiaddresses, with peer id, at which others can join."""
         return self._addresses
+
+    def on_request(self, listener: RequestListener) -> None:
+        """Who is told of each request from now on, on the event loop."""
+        self._listener = listener
 
     @property
     def request_stats(self) -> dict[str, RequestStats]:
@@ -164,6 +172,8 @@ class Directory:
         finally:
             seconds = time.monotonic() - started
             self._stats[kind] = self._stats.get(kind, RequestStats()).with_request(seconds, failed=failed)
+            if self._listener is not None:
+                self._listener(kind, seconds, failed)
 
     def _send(self, call: Callable[..., Any]) -> Future[Any]:
         if not self.is_alive():

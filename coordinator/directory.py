@@ -59,6 +59,8 @@ class PeerEntry:
     microbatches: int = 0
     tokens_per_second: float = 0.0
     wire_compression: float = 0.0
+    round_trip_seconds: float = 0.0
+    link_bytes_per_second: float = 0.0
     bootstrap: tuple[str, ...] = ()
     """Multiaddresses of the peer's directory process, with peer id."""
     expires_at: float = 0.0
@@ -104,6 +106,8 @@ class PeerEntry:
             microbatches=record.microbatches,
             tokens_per_second=record.tokens_per_second,
             wire_compression=record.wire_compression,
+            round_trip_seconds=record.round_trip_seconds,
+            link_bytes_per_second=record.link_bytes_per_second,
             bootstrap=tuple(record.bootstrap),
             expires_at=opened.expires_at,
         )
@@ -121,8 +125,16 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} has no usable endpoint")
     if len(record.bootstrap) > MAX_ENDPOINTS or not all(map(is_way_in, record.bootstrap)):
         raise RecordInvalid(f"{peer_id} names bootstrap addresses that are none, or too many")
-    numbers = (record.throughput, record.compute_share, record.tokens_per_second, record.wire_compression)
-    if not all(math.isfinite(number) and number >= 0 for number in (*numbers, record.reserved_at)):
+    numbers = (
+        record.throughput,
+        record.compute_share,
+        record.tokens_per_second,
+        record.wire_compression,
+        record.round_trip_seconds,
+        record.link_bytes_per_second,
+        record.reserved_at,
+    )
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")
 
 

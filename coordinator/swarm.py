@@ -24,7 +24,7 @@ from resbm_pb import records_pb2
 
 from coordinator import identity, records
 from coordinator.assignment import MachineProfile
-from coordinator.dht import START_TIMEOUT, Directory, RequestStats
+from coordinator.dht import START_TIMEOUT, Directory, RequestListener, RequestStats
 from coordinator.directory import RESERVED, DirectorySnapshot, PeerEntry, check_values, run_key, stage_key
 from coordinator.errors import DirectoryLost, RecordError, RecordInvalid, RunNotFound
 from coordinator.listening import Listen
@@ -92,6 +92,10 @@ class Swarm:
     def dht_request_seconds(self) -> Mapping[str, RequestStats]:
         """By kind of request to the directory ("store", "get"): how many, how long, how many failed."""
         return self._directory.request_stats
+
+    def on_dht_request(self, listener: RequestListener) -> None:
+        """Who is told of each request to the directory from now on, on the event loop."""
+        self._directory.on_request(listener)
 
     def addresses(self) -> list[str]:
         """Multiaddresses, with peer id, at which others can join through this peer."""

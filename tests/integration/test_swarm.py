@@ -180,7 +180,10 @@ def test_a_second_peer_joins_by_ticket_and_both_are_seen(swarm: Swarm, spawn: Sp
     assert swarm.dht_request_seconds["store"].count == 2
     assert swarm.dht_request_seconds["get"].failures == 0
 
+    told: list[tuple[str, bool, bool]] = []
+    swarm.on_dht_request(lambda kind, seconds, failed: told.append((kind, seconds > 0, failed)))
     asyncio.run(swarm.publish_peer(entry(swarm, stage=1)))  # a peer serves one stage: the old entry goes
+    assert told == [("store", True, False)] * 2  # the old entry out, the new one in
     joiner.ask("withdraw")
     assert joiner.ask("snapshot", **OVERVIEW) == [[], [swarm.peer_id], [], []]
 

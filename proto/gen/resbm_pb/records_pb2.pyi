@@ -118,6 +118,8 @@ class PeerRecord(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     WIRE_COMPRESSION_FIELD_NUMBER: _builtins.int
     BOOTSTRAP_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -148,6 +150,10 @@ class PeerRecord(_message.Message):
     """Tokens per second over the last steps."""
     wire_compression: _builtins.float
     """Dense bytes divided by wire bytes on the peer's downstream link; 0 when it has none."""
+    round_trip_seconds: _builtins.float
+    """Smoothed round trip of the peer's downstream link in seconds, queues on the way included; 0 when it has none."""
+    link_bytes_per_second: _builtins.float
+    """Rate at which the peer's downstream link delivers what it sends, in bytes per second; 0 when it has none."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses of the stage service, "host:port", best first."""
@@ -178,10 +184,12 @@ class PeerRecord(_message.Message):
         tokens_per_second: _builtins.float = ...,
         wire_compression: _builtins.float = ...,
         bootstrap: _abc.Iterable[_builtins.str] | None = ...,
+        round_trip_seconds: _builtins.float = ...,
+        link_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015

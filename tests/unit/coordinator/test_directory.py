@@ -35,6 +35,8 @@ ENTRY = PeerEntry(
     microbatches=99,
     tokens_per_second=1000.0,
     wire_compression=128.0,
+    round_trip_seconds=0.2,
+    link_bytes_per_second=1e7,
     expires_at=NOW + 30,
 )
 
@@ -74,6 +76,8 @@ def test_round_trip_keeps_every_field() -> None:
         {"throughput": math.nan},
         {"reserved_at": math.inf},
         {"wire_compression": math.inf},
+        {"round_trip_seconds": -0.1},
+        {"link_bytes_per_second": math.nan},
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any]) -> None:
