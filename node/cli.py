@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from node.bench.codec import codec
+from node.bench.convergence import convergence
 from node.bench.local import local
 from node.bench.wire import wire
 from node.commands.coordinator import coordinator
@@ -51,7 +52,7 @@ def build_app() -> typer.Typer:
         epilog="Start here: resbm-node bench codec --quick.",
         no_args_is_help=True,
     )
-    for benchmark in (codec, wire, local):
+    for benchmark in (codec, wire, local, convergence):
         bench.command(benchmark.__name__)(guarded(benchmark))
     app.add_typer(bench, name="bench")
     return app

@@ -32,8 +32,11 @@ class Encoder(nn.Module):
     def __init__(self, config: BottleneckConfig, hidden: int, width: int) -> None:
         super().__init__()
         self.identity, self.norm, self.width = config.identity, config.norm, width
+        self.weight: Tensor | None
         if config.projection == "linear":
             self.weight = nn.Parameter(torch.empty(width, hidden))
+        elif config.projection == "subspace":
+            self.register_buffer("weight", torch.empty(width, hidden), persistent=False)
         else:
             self.register_parameter("weight", None)
 
@@ -53,8 +56,11 @@ class Decoder(nn.Module):
     def __init__(self, config: BottleneckConfig, hidden: int, width: int) -> None:
         super().__init__()
         self.identity, self.padding = config.identity, hidden - width
+        self.weight: Tensor | None
         if config.projection == "linear":
             self.weight = nn.Parameter(torch.empty(hidden, width))
+        elif config.projection == "subspace":
+            self.register_buffer("weight", torch.empty(hidden, width), persistent=False)
         else:
             self.register_parameter("weight", None)
 
@@ -79,6 +85,13 @@ class Boundary(nn.Module):
             self.gain = nn.Parameter(torch.empty(gain))
         else:
             self.register_parameter("gain", None)
+
+    def use_basis(self, basis_Dh: Tensor) -> None:
+        """Fixed orthonormal projections in place of learned ones (Subspace Models)."""
+        if self.encoder is not None:
+            self.encoder.weight = basis_Dh.mT.contiguous()
+        if self.decoder is not None:
+            self.decoder.weight = basis_Dh
 
     def encode(self, x_BTD: Tensor, anchor_BTD: Tensor | None) -> Tensor:
         """Latents to send; without an encoder the stream itself."""

@@ -51,6 +51,7 @@ _FORWARD: Final = {
     "bf16": Encoding.BF16,
     "int8": Encoding.INT8_FIXED,
     "int4": Encoding.INT4_FIXED,
+    "int4_token": Encoding.INT4_TOKEN,
 }
 _BACKWARD: Final = {
     "none": Encoding.FP32,

@@ -65,6 +65,7 @@ class AnchorKind(StrEnum):
     NONE = "none"
     EMBEDDING = "embedding"  # initialised as a copy of the model's embedding; the encoder subtracts it
     INDEPENDENT = "independent"  # own initial values; nothing is subtracted
+    FIXED = "fixed"  # one table for all stages, drawn from the seed and never trained; the encoder subtracts it
 
 
 class BottleneckConfig(Frozen):
@@ -77,7 +78,11 @@ class BottleneckConfig(Frozen):
         "scales and headers inside 128x and 512x at H = 4096)",
     )
     identity: bool = Field(True, description="rectangular identity path: the first h coordinates pass as they are")
-    projection: Literal["linear", "none"] = Field("linear", description="learned projections W_e and W_d")
+    projection: Literal["linear", "none", "subspace"] = Field(
+        "linear",
+        description="linear: learned W_e and W_d; subspace: a fixed orthonormal basis that confines every block before "
+        "the last boundary (Subspace Models, arXiv 2506.01260)",
+    )
     norm: bool = Field(True, description="RMSNorm of the latent, without which latents explode over boundaries")
     gain: bool = Field(True, description="learned gain per latent channel in the decoder")
     anchor: AnchorKind = Field(AnchorKind.EMBEDDING, description="token embedding of each stage's own")
@@ -86,7 +91,10 @@ class BottleneckConfig(Frozen):
 class CodecConfig(Frozen):
     """How latents and their gradients are written on the wire."""
 
-    forward: Literal["none", "bf16", "int8", "int4"] = Field("int4", description="latents; none: float32, lossless")
+    forward: Literal["none", "bf16", "int8", "int4", "int4_token"] = Field(
+        "int4",
+        description="latents; none: float32, lossless; int4 and int8: fixed grids; int4_token: a scale for each token",
+    )
     backward: Literal["none", "bf16", "int8", "int4"] = Field("int4", description="latent gradients")
     clip: float = Field(2.7, gt=0, description="4-bit grid covers [-clip, clip]; latents have unit RMS")
     clip_int8: float = Field(4.5, gt=0, description="8-bit grid covers [-clip_int8, clip_int8]")
@@ -158,11 +166,18 @@ class StageConfig(Frozen):
         bottleneck = self.bottleneck
         if bottleneck.enabled and not bottleneck.identity and bottleneck.projection == "none":
             raise ValueError("bottleneck.identity = false with projection = none lets nothing cross the boundary")
+        if bottleneck.enabled and bottleneck.projection == "subspace":
+            if bottleneck.identity or bottleneck.norm or bottleneck.gain or bottleneck.anchor is not AnchorKind.FIXED:
+                raise ValueError(
+                    "bottleneck.projection = subspace needs identity, norm and gain = false and anchor = fixed"
+                )
+        elif bottleneck.anchor is AnchorKind.FIXED:
+            raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(
                 f"codec.forward = {self.codec.forward} has a fixed grid and needs bottleneck.norm = true; "
-                "choose none or bf16 without it"
+                "choose int4_token, bf16 or none without it"
             )
         return self
 

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stage_server import subspace
 from stage_server.bottleneck import Boundary, receiving_side, sending_side
 from stage_server.config import AnchorKind, ModelConfig, StageConfig
 from stage_server.errors import ConfigImpossible
 
+LEARNED = frozenset({AnchorKind.EMBEDDING, AnchorKind.INDEPENDENT})
+SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
@@ -68,13 +71,15 @@ class StageModule(nn.Module):
     model: Any  # parts of transformers' model, under their own names
     lm_head: Any
     rotary: Any
+    basis: Tensor
+    fixed: Tensor
 
     def __init__(self, config: StageConfig, stage: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         if not 0 <= stage < config.stages:
             raise ConfigImpossible(f"stage {stage} does not exist: the run has stages 0 to {config.stages - 1}")
         self.stage, self.is_first, self.is_last = stage, stage == 0, stage == config.stages - 1
-        self.subtracts_anchor = config.bottleneck.enabled and config.bottleneck.anchor is AnchorKind.EMBEDDING
+        self.subtracts_anchor = config.bottleneck.enabled and config.bottleneck.anchor in SUBTRACTED
         hf_config = transformers_config(config.model)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
@@ -83,6 +88,9 @@ class StageModule(nn.Module):
         # buffers are computed, not learned: a fresh instance off the meta device has them right
         self.rotary = type(whole.model.rotary_emb)(config=hf_config)
         self._materialise(config, torch.device(device))
+        self.is_confined = config.bottleneck.enabled and config.bottleneck.projection == "subspace"
+        if self.is_confined:
+            self._confine(config, torch.device(device))
 
     def _take_layers(self, whole: Any, config: StageConfig) -> None:
         layers = layer_range(config.model.num_hidden_layers, config.stages, self.stage)
@@ -99,7 +107,7 @@ class StageModule(nn.Module):
         self.anchors, self.boundaries = nn.ModuleDict(), nn.ModuleDict()
         if not self.is_first:
             self.boundaries[str(self.stage - 1)] = receiving_side(bottleneck, hidden, width)
-            if bottleneck.enabled and bottleneck.anchor is not AnchorKind.NONE:
+            if bottleneck.enabled and bottleneck.anchor in LEARNED:
                 self.anchors[str(self.stage)] = nn.Embedding(config.model.vocab_size, hidden)
         if not self.is_last:
             self.boundaries[str(self.stage)] = sending_side(bottleneck, hidden, width)
@@ -111,6 +119,16 @@ class StageModule(nn.Module):
                 value = initial_value(config, f"{path}.{leaf}" if path else leaf, parameter.shape)
                 setattr(module, leaf, nn.Parameter(value.to(device)))
         self.rotary.to(device)
+
+    def _confine(self, config: StageConfig, device: torch.device) -> None:
+        """Subspace Models: constants of the run in place of learned projections and anchors."""
+        basis_Dk = subspace.basis_Dk(config).to(device)
+        self.register_buffer("basis", basis_Dk, persistent=False)
+        self.register_buffer("fixed", subspace.fixed_embedding_VD(config).to(device), persistent=False)
+        for boundary in self.boundaries.values():
+            cast(Boundary, boundary).use_basis(basis_Dk)
+        if not self.is_last:  # the stream is not cut after the last stage: there it is free
+            subspace.confine(self.model.layers.values(), basis_Dk)
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter under its name in the whole model, sorted by name."""
@@ -138,11 +156,14 @@ class StageModule(nn.Module):
 
     def _enter(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream before the first layer, and this stage's anchor; one table look-up serves both ends."""
+        fixed_BTD = self.fixed[ids_BT] if self.is_confined else None
         if latents_BTh is None:
             embedded_BTD = self.model.embed_tokens(ids_BT)
+            if fixed_BTD is not None:
+                return fixed_BTD + subspace.project(embedded_BTD, self.basis), fixed_BTD
             return embedded_BTD, embedded_BTD  # the first stage's anchor is the embedding itself
         key = str(self.stage)
-        anchor_BTD = self.anchors[key](ids_BT) if key in self.anchors else None
+        anchor_BTD = self.anchors[key](ids_BT) if key in self.anchors else fixed_BTD
         return self._boundary(self.stage - 1).decode(latents_BTh, anchor_BTD), anchor_BTD
 
     def _boundary(self, index: int) -> Boundary:

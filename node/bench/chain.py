@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,11 @@ import numpy.typing as npt
 from node.config import RunConfig
 from stage_server.codec import Packed
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
+from stage_server.reports import mean_loss
 from stage_server.trainer import StageTrainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -40,10 +44,45 @@ class Chain:
     def step(self, step: int, read: Callable[[MicrobatchId], TokenIds], crossings: Sequence[Crossings]) -> float:
         """One optimizer step (1-based): the mean loss, nats per token."""
         count = self._config.plan.microbatches_per_step
-        loss = sum(self._microbatch(_name(step, index), read, crossings) for index in range(count)) / count
+        loss = mean_loss([self._microbatch(_name(step, index), read, crossings) for index in range(count)])
         for stage in self._stages:
             stage.commit(step)
         return loss
+
+    def evaluate(self, read: Callable[[MicrobatchId], TokenIds]) -> float:
+        """Mean loss of the run's validation microbatches with the present weights, nats per token."""
+        indices = range(self._config.plan.evaluation_microbatches)
+        names = [MicrobatchId(StepIndex(0), MicrobatchKind.EVALUATE, index) for index in indices]
+        return mean_loss([self._validation_loss(name, read(name)) for name in names])
+
+    def num_parameters(self) -> int:
+        """Of all stages together."""
+        return sum(tensor.numel() for stage in self._stages for _, tensor in stage.parameters_fp32())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that bit-exact resumption needs, `<stage>/<name>`: the live tensors, not copies."""
+        return {
+            f"{number}/{name}": tensor
+            for number, stage in enumerate(self._stages)
+            for name, tensor in stage.state_tensors().items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from such a state. Raises CheckpointInvalid."""
+        for number, stage in enumerate(self._stages):
+            prefix = f"{number}/"
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            stage.load_state_tensors(own)
+
+    def _validation_loss(self, name: MicrobatchId, token_ids: TokenIds) -> float:
+        carried: Packed | float | None = None
+        for stage in self._stages:
+            if isinstance(carried, float):
+                raise RuntimeError("only the last stage has a loss")
+            carried = stage.evaluate(name, token_ids, carried)
+        if not isinstance(carried, float):
+            raise RuntimeError("the last stage has no loss")
+        return carried
 
     def _microbatch(
         self, name: MicrobatchId, read: Callable[[MicrobatchId], TokenIds], crossings: Sequence[Crossings]

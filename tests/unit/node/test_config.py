@@ -117,7 +117,10 @@ def test_run_id_never_changes_for_a_given_file() -> None:
         ("[plan]\nsteps = 0", "plan.steps = 0 should be greater than or equal to 1"),
         ('[plan]\nsteps = "many"', "plan.steps = 'many' should be a valid integer"),
         ("[plan]\nsteps = 1.5", "plan.steps = 1.5 should be a valid integer"),
-        ('[codec]\nforward = "int5"', "codec.forward = 'int5' should be 'none', 'bf16', 'int8' or 'int4'"),
+        (
+            '[codec]\nforward = "int5"',
+            "codec.forward = 'int5' should be 'none', 'bf16', 'int8', 'int4' or 'int4_token'",
+        ),
         ('[bottleneck]\nwidth = "wide"', "bottleneck.width = 'wide' should be 'default' or 'narrow'"),
         ("[optimizer]\nadamw_betas = [0.9, 2]", "optimizer.adamw_betas = 2 should be less than or equal to 1"),
         ("[optimizer]\nmuon_lr = nan", "optimizer.muon_lr = nan should be a finite number"),

@@ -1,0 +1,1 @@
+"""Grid files of the convergence benchmark."""

@@ -1,0 +1,156 @@
+"""Which trainings a grid asks for, and in which order: decided without training anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from node.bench.convergence import Result, results_of, seed_noise, summary_of, table_of
+from node.bench.convergence_cell import Point
+from node.bench.convergence_grid import Cell, Grid, cells_to_run, chosen_cells, config_of, num_cells, parse, shipped
+from node.bench.convergence_pool import CellFiles
+from node.errors import ConfigImpossible, ConfigInvalid, ConfigUnreadable
+
+TEXT = """
+name = "small"
+preset = "tiny"
+seeds = [3, 4, 5]
+run.plan.steps = 7
+
+[[variants]]
+name = "fair"
+title = "uncompressed"
+role = "fair"
+run.bottleneck = { width = 64, projection = "none" }
+run.codec = { forward = "none", backward = "none" }
+
+[[variants]]
+name = "ours"
+title = "ours"
+role = "ours_128x"
+rates = [0.5, 1.0, 2.0]
+"""
+
+
+def small() -> Grid:
+    return parse(TEXT, "here")
+
+
+def names(cells: list[Cell]) -> list[tuple[str, float, int]]:
+    return [(cell.variant, cell.rate, cell.seed) for cell in cells]
+
+
+def test_other_seeds_wait_for_the_learning_rate() -> None:
+    grid = small()
+    first = cells_to_run(grid, {})
+    assert names(first) == [("fair", 1.0, 3), ("ours", 0.5, 3), ("ours", 1.0, 3), ("ours", 2.0, 3)]
+    losses = {cell.key: loss for cell, loss in zip(first, (3.0, 2.5, 2.1, 2.3), strict=True)}
+    assert names(cells_to_run(grid, losses)) == [("fair", 1.0, 4), ("fair", 1.0, 5), ("ours", 1.0, 4), ("ours", 1.0, 5)]
+    del losses[first[3].key]
+    assert ("ours", 1.0, 4) not in names(cells_to_run(grid, losses)), "the best rate is not known yet"
+    assert num_cells(grid) == 3 + 5
+
+
+def test_only_the_best_rate_counts() -> None:
+    grid = small()
+    losses = {cell.key: loss for cell, loss in zip(cells_to_run(grid, {}), (3.0, 2.5, 2.9, 2.3), strict=True)}
+    assert names(chosen_cells(grid, grid.variants[1], losses)) == [("ours", 2.0, 3)]
+
+
+def test_a_cell_is_the_presets_run_with_both_changes() -> None:
+    grid = small()
+    fair, ours = (config_of(grid, variant, 2.0, 4) for variant in grid.variants)
+    assert fair.plan.steps == ours.plan.steps == 7
+    assert (fair.codec.forward, ours.codec.forward) == ("none", "int4")
+    assert fair.latent_width == 64
+    assert ours.optimizer.muon_lr == ours.optimizer.adamw_lr == pytest.approx(0.012)
+    assert fair.seed == ours.seed == 4
+    assert fair.model == ours.model and fair.data == ours.data
+
+
+def test_another_config_is_another_cell() -> None:
+    """Results of an older grid must never pass for those of a changed one."""
+    changed = parse(TEXT.replace("steps = 7", "steps = 8"), "here")
+    keys = {cell.key for cell in cells_to_run(small(), {})}
+    assert not keys & {cell.key for cell in cells_to_run(changed, {})}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("name = ", ConfigUnreadable, "not TOML"),
+        (TEXT + '[[variants]]\nname = "ours"\ntitle = "again"', ConfigInvalid, "two variants are called ours"),
+        (TEXT.replace("rates =", "rate ="), ConfigInvalid, "variants.1.rate"),
+        (TEXT.replace("seeds = [3, 4, 5]", "seeds = []"), ConfigInvalid, "seeds"),
+    ],
+)
+def test_bad_grids_are_refused(text: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        parse(text, "here")
+
+
+def test_a_bad_variant_is_named() -> None:
+    grid = parse(TEXT.replace('role = "ours_128x"', "run.bottleneck.width = 65"), "here")
+    with pytest.raises(ConfigImpossible, match="variant ours"):
+        cells_to_run(grid, {})
+
+
+@pytest.mark.parametrize("name", ["quick", "main"])
+def test_shipped_grids_are_whole(name: str) -> None:
+    grid = shipped(name)
+    roles = {variant.role for variant in grid.variants}
+    assert {"uncompressed", "fair", "ours_128x", "control"} <= roles
+    for cell in cells_to_run(grid, {}):
+        assert cell.config.plan.evaluate_every and cell.config.plan.evaluation_microbatches
+
+
+def test_unknown_grid() -> None:
+    with pytest.raises(ConfigInvalid, match="there is no grid 'nought'"):
+        shipped("nought")
+
+
+def point(cell: Cell, val_loss: float, wire_compression: float | None = None) -> Point:
+    return Point(
+        variant=cell.variant,
+        rate=cell.rate,
+        seed=cell.seed,
+        run_id=cell.config.run_id,
+        step=cell.config.plan.steps,
+        tokens=1,
+        val_loss=val_loss,
+        train_loss=None,
+        wire_compression=wire_compression,
+        wire_bytes_per_token=None,
+        parameters=1000,
+    )
+
+
+def test_results_are_told_against_the_fair_control(tmp_path_factory: pytest.TempPathFactory) -> None:
+    grid, files = small(), CellFiles(tmp_path_factory.mktemp("cells"))
+    losses: dict[str, float] = {}
+    while missing := cells_to_run(grid, losses):
+        for cell in missing:
+            loss = {"fair": 3.0, "ours": 3.2}[cell.variant] + 0.01 * cell.seed + abs(cell.rate - 1.0)
+            files.append(cell.key, point(cell, loss, 100.0 * cell.rate))
+            losses[cell.key] = loss
+    assert files.final_losses(grid) == losses
+    results: list[Result] = results_of(grid, files)
+    assert [len(result.losses) for result in results] == [3, 3]
+    summary = summary_of(results)
+    assert summary["gap_128x"] == pytest.approx(0.2)
+    assert summary["wire_compression_128x"] == pytest.approx(100.0)
+    assert seed_noise(results) == pytest.approx(0.01)
+    assert table_of(results).rows[1][-1] == "+0.200"
+
+
+def test_a_torn_line_is_left_out(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The machine died in the middle of a write: the point is computed again, the others stand."""
+    folder = tmp_path_factory.mktemp("cells")
+    files, cell = CellFiles(folder), cells_to_run(small(), {})[0]
+    early = point(cell, 4.0).model_copy(update={"step": 3})
+    files.append(cell.key, early)
+    with (folder / f"{cell.key}.jsonl").open("a") as file:
+        file.write('{"event": "eval')
+    assert files.points(cell.key) == [early]
+    files.append(cell.key, point(cell, 3.0))
+    assert [known.step for known in files.points(cell.key)] == [3, 7]
+    assert files.is_done(cell)
