@@ -17,8 +17,9 @@ from coordinator.errors import DirectoryLost, StageUnavailable
 from coordinator.routing import choose_next_hop
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from node.acquaintances import remember
-from node.metrics import WorkerMetrics
 from node.reporting import EventReporter
+from node.swarm_view import SwarmView, contribution
+from node.tcp_links import LinkWatch
 from stage_server.ledger import Side
 from stage_server.peer import StagePeer
 
@@ -33,7 +34,14 @@ class Presence:
     """Tells the swarm of one peer, and the peer of the swarm."""
 
     def __init__(
-        self, swarm: Swarm, entry: PeerEntry, peer: StagePeer, reporter: EventReporter, *, state_folder: Path
+        self,
+        swarm: Swarm,
+        entry: PeerEntry,
+        peer: StagePeer,
+        reporter: EventReporter,
+        *,
+        links: LinkWatch,
+        state_folder: Path,
     ) -> None:
         """`entry`: the peer's place as settled; its changing fields are filled in."""
         self._state_folder = state_folder
@@ -41,17 +49,21 @@ class Presence:
         self._entry = entry
         self._peer = peer
         self._reporter = reporter
+        self._links = links
         self._current: str | None = None  # peer id of the next hop
 
     async def announce(self) -> None:
         """Publishes the entry as it is now. Raises DirectoryLost."""
         ledger = self._peer.ledger
+        link = self._links.newest.get(Side.DOWNSTREAM)
         fresh = replace(
             self._entry,
             state=COMPLETE if self._reporter.complete else SERVING,
             committed_step=ledger.committed,
             durable_step=ledger.durable,
             queue_depth=ledger.queue_depth,
+            round_trip_seconds=link.round_trip_seconds if link else 0.0,
+            link_bytes_per_second=link.bytes_per_second if link else 0.0,
             **asdict(self._reporter.figures()),
         )
         await self._swarm.publish_peer(fresh)
@@ -93,6 +105,8 @@ class Presence:
             self._state_folder,
             (a for e in snapshot.all_peers() if e.peer_id != self._entry.peer_id for a in e.bootstrap),
         )
+        metrics = self._reporter.metrics
+        metrics.set_swarm(SwarmView.of(snapshot), contribution(snapshot, self._entry.peer_id))
         self._check_claim(snapshot)
         current = self._current if linked else None  # a hop that has just failed is chosen anew
         if ledger.is_last:
@@ -116,10 +130,3 @@ class Presence:
             if not self._swarm.is_alive():
                 raise
             log.warning("directory: %s", error)
-
-
-async def report_load(peer: StagePeer, metrics: WorkerMetrics, period: timedelta = timedelta(seconds=1)) -> None:
-    """Tells the metrics, for ever, what waits and what is in flight."""
-    while True:
-        metrics.set_load(peer.ledger.queue_depth, peer.ledger.in_flight)
-        await asyncio.sleep(period.total_seconds())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 from resbm_pb import stage_pb2
 
@@ -25,9 +27,12 @@ from node.assembly import StageParts, build_stage, recall_run, remember_run, sta
 from node.config import RunConfig, load_toml
 from node.events import Assigned, Live, WorkerSpec, emit
 from node.join_steps import JoinSteps
-from node.metrics import MetricsServer, WorkerMetrics
-from node.presence import Presence, report_load
+from node.metrics import NodeInfo, WorkerMetrics
+from node.metrics_server import MetricsServer
+from node.presence import Presence
 from node.reporting import EventReporter
+from node.sampling import keep_sampling
+from node.tcp_links import LinkWatch
 from node.version import __version__
 from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, PortTaken, RewindNeeded
@@ -56,11 +61,14 @@ class StageNode:
         self._host = announced_host(spec.host, spec.announce)
         self._service = StageService()
         self._peer: StagePeer | None = None
+        self._metrics: WorkerMetrics | None = None
         self._asked_to_drain = asyncio.Event()
 
     def drain(self) -> None:
         """Finish the task at hand, save, say goodbye, leave the directory; `run` returns then."""
         self._asked_to_drain.set()
+        if self._metrics is not None:
+            self._metrics.set_state("draining")
         if self._peer is not None:
             self._peer.drain()
 
@@ -166,21 +174,47 @@ class StageNode:
     # -- serving ------------------------------------------------------------------------------------------------
 
     async def _build_and_serve(self, config: RunConfig, entry: PeerEntry) -> None:
-        metrics = WorkerMetrics(config.run_id, __version__, self._device)
+        info = NodeInfo(config.run_id, config.name, entry.stage, config.stages, __version__, self._device)
+        metrics = self._metrics = WorkerMetrics(info)
+        self._swarm.on_dht_request(metrics.add_dht_request)
+        port = self._spec.metrics_port
+        server = None if port is None else MetricsServer(metrics, self._spec.host, port)
+        try:
+            await self._build_and_work(config, entry, metrics, server.endpoint if server else None)
+        finally:
+            if server is not None:
+                server.close()
+
+    async def _build_and_work(
+        self, config: RunConfig, entry: PeerEntry, metrics: WorkerMetrics, metrics_endpoint: str | None
+    ) -> None:
         reporter = EventReporter(entry.stage, metrics, emit)
+        links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
         with self._steps.step("state") as note:
             parts = await self._build(config, entry)
             reporter.base_bytes = parts.base_bytes
             self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
             committed = parts.ledger.committed
             note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
-        presence = Presence(self._swarm, entry, self._peer, reporter, state_folder=self._spec.state_folder)
+        folder = self._spec.state_folder
+        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder)
         with self._steps.step("live") as note:
             served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
             self._service.attach(served)
             await presence.announce()
             note(f"serving stage {entry.stage} at {entry.endpoints[0]}")
-        await self._work(config, entry, presence, reporter)
+        live = Live(
+            stage=entry.stage,
+            peer_id=self._peer_id,
+            endpoint=entry.endpoints[0],
+            metrics_endpoint=metrics_endpoint,
+            committed_step=committed,
+            run=config.name,
+            steps=config.plan.steps,
+        )
+        metrics.observe(live)
+        emit(live)
+        await self._work(presence, keep_sampling(self._peer, links, metrics, folder))
 
     async def _build(self, config: RunConfig, entry: PeerEntry) -> StageParts:
         """In a thread, while the claim is renewed: weights and text may take longer than a claim lives."""
@@ -206,33 +240,16 @@ class StageNode:
             except DirectoryLost as error:
                 log.warning("the claim is not renewed: %s", error)
 
-    async def _work(self, config: RunConfig, entry: PeerEntry, presence: Presence, reporter: EventReporter) -> None:
+    async def _work(self, presence: Presence, sampling: Coroutine[Any, Any, None]) -> None:
         peer = self._require_peer()
-        port = self._spec.metrics_port
-        metrics = None if port is None else MetricsServer(reporter.metrics, self._spec.host, port)
-        live = Live(
-            stage=entry.stage,
-            peer_id=self._peer_id,
-            endpoint=entry.endpoints[0],
-            metrics_endpoint=metrics.endpoint if metrics else None,
-            committed_step=peer.ledger.committed,
-            run=config.name,
-            steps=config.plan.steps,
-        )
-        reporter.metrics.observe(live)
-        emit(live)
         try:
-            errors = await until_first_ends(
-                peer.run(), presence.keep(), presence.follow(), report_load(peer, reporter.metrics)
-            )
+            errors = await until_first_ends(peer.run(), presence.keep(), presence.follow(), sampling)
             if errors:
                 raise errors[0]
         except RewindNeeded as error:
             peer.go_back(error.to_step)
             raise
         finally:
-            if metrics:
-                metrics.close()
             await presence.leave()
 
     def _require_peer(self) -> StagePeer:

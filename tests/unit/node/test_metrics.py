@@ -6,6 +6,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from prometheus_client import Metric
@@ -13,9 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from node.errors import PortTaken
 from node.events import Checkpoint, Complete, Evaluation, Link, LinkTraffic, Live, StageStep
-from node.metrics import MetricsServer, WorkerMetrics
+from node.metrics import Load, NodeInfo, WorkerMetrics
+from node.metrics_server import MetricsServer
+from node.swarm_view import SwarmView
+from node.tcp_links import LinkQuality
+from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
+from stage_server.ledger import Side
+from stage_server.totals import Result, Totals
 
 PEER_ID = "12D3KooWExamplePeer"
+INFO = NodeInfo("0123456789abcdef", "demo", stage=1, num_stages=3, version="0.1.0", device="cpu")
 
 
 def step(number: int, loss: float | None = 2.5) -> StageStep:
@@ -40,7 +48,7 @@ def scrape(endpoint: str) -> dict[str, Metric]:
 
 @pytest.fixture
 def metrics() -> WorkerMetrics:
-    return WorkerMetrics(run_id="0123456789abcdef", version="0.1.0", device="cpu")
+    return WorkerMetrics(INFO)
 
 
 @pytest.fixture
@@ -48,6 +56,28 @@ def server(metrics: WorkerMetrics) -> Iterator[MetricsServer]:
     server = MetricsServer(metrics, "127.0.0.1", 0)
     yield server
     server.close()
+
+
+def totals() -> Totals:
+    totals = Totals(dense_bytes_forward=700, dense_bytes_backward=300)
+    totals.sent_bytes.update({Side.UPSTREAM: 5, Side.DOWNSTREAM: 6})
+    totals.received_bytes.update({Side.UPSTREAM: 7, Side.DOWNSTREAM: 4})
+    totals.microbatches.update({Result.TRAINED: 16, Result.EVALUATED: 2, Result.REPLAYED: 3, Result.REFUSED: 1})
+    name = MicrobatchId(StepIndex(1), MicrobatchKind.TRAIN, 0)
+    totals.hops.sent(name, 1.0)
+    totals.hops.returned(name, 1.25)
+    return totals
+
+
+def link(busy_seconds: float = 2.0, retransmits: int = 3) -> LinkQuality:
+    return LinkQuality(
+        round_trip_seconds=0.2,
+        least_round_trip_seconds=0.1,
+        bytes_per_second=1e6,
+        busy_seconds=busy_seconds,
+        retransmits=retransmits,
+        num_bytes=1,
+    )
 
 
 def feed(metrics: WorkerMetrics) -> None:
@@ -66,9 +96,22 @@ def feed(metrics: WorkerMetrics) -> None:
         Checkpoint(stage=1, step=2, seconds=0.2, size_bytes=12345),
     ):
         metrics.observe(event)
-    metrics.set_load(queued=3, in_flight=2)
-    metrics.add_microbatches("refused")
-    metrics.add_dht_request(0.01)
+    metrics.follow(totals())
+    metrics.set_load(Load(queued=3, in_flight=2, window=5))
+    metrics.set_codec_errors({"forward": 0.1, "backward": 0.2})
+    metrics.set_links({Side.UPSTREAM: link(), Side.DOWNSTREAM: link()})
+    metrics.set_free_bytes(10**9)
+    metrics.set_swarm(SwarmView((1, 2, 1), (3.0, 4.0, 2.0), 2, 2.5, 100.0, 128.0), contribution=0.25)
+    metrics.add_dht_request("store", 0.01, failed=True)
+
+
+def samples(metrics: WorkerMetrics) -> dict[tuple[str, ...], float]:
+    """By name and label values."""
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
 
 
 def test_a_scrape_shows_what_happened(metrics: WorkerMetrics, server: MetricsServer) -> None:
@@ -87,26 +130,95 @@ def test_a_scrape_shows_what_happened(metrics: WorkerMetrics, server: MetricsSer
         ("resbm_node_validation_loss_nats",): 3.0,
         ("resbm_node_tokens_total",): 8192,
         ("resbm_node_microbatches_total", "trained"): 16,
+        ("resbm_node_microbatches_total", "evaluated"): 2,
+        ("resbm_node_microbatches_total", "replayed"): 3,
         ("resbm_node_microbatches_total", "refused"): 1,
         ("resbm_node_compute_seconds_total",): 2.5,
         ("resbm_node_wait_seconds_total",): 1.0,
         ("resbm_node_idle_seconds_total",): 0.5,
-        ("resbm_node_dense_bytes_total", "forward"): 1000,
-        ("resbm_node_wire_bytes_total", "forward"): 12,
-        ("resbm_node_wire_bytes_total", "backward"): 8,
+        ("resbm_node_hop_seconds_count",): 1,
+        ("resbm_node_hop_seconds_sum",): 0.25,
+        ("resbm_node_dense_bytes_total", "forward"): 700,
+        ("resbm_node_dense_bytes_total", "backward"): 300,
+        ("resbm_node_wire_bytes_total", "downstream", "forward"): 6,
+        ("resbm_node_wire_bytes_total", "backward", "downstream"): 4,
+        ("resbm_node_wire_bytes_total", "forward", "upstream"): 7,
+        ("resbm_node_wire_bytes_total", "backward", "upstream"): 5,
+        ("resbm_node_codec_error_ratio", "forward"): 0.1,
         ("resbm_node_link_up", "upstream"): 1,
         ("resbm_node_link_up", "downstream"): 0,
         ("resbm_node_links_lost_total", "downstream"): 1,
+        ("resbm_node_links_lost_total", "upstream"): 0,
+        ("resbm_node_link_round_trip_seconds", "downstream"): 0.2,
+        ("resbm_node_link_least_round_trip_seconds", "downstream"): 0.1,
+        ("resbm_node_link_rate_bytes_per_second", "upstream"): 1e6,
+        ("resbm_node_link_busy_seconds_total", "upstream"): 2.0,
+        ("resbm_node_link_retransmits_total", "upstream"): 3,
         ("resbm_node_queue_microbatches",): 3,
         ("resbm_node_in_flight_microbatches",): 2,
+        ("resbm_node_window_microbatches",): 5,
         ("resbm_node_checkpoint_seconds_count",): 1,
-        ("resbm_node_dht_request_seconds_count",): 1,
+        ("resbm_node_dht_request_seconds_count", "store"): 1,
+        ("resbm_node_dht_request_seconds_count", "get"): 0,
+        ("resbm_node_dht_failures_total", "store"): 1,
+        ("resbm_node_stage_replicas", "1"): 2,
+        ("resbm_node_stage_microbatches_per_second", "2"): 2.0,
+        ("resbm_node_bottleneck_microbatches_per_second",): 2.0,
+        ("resbm_node_contribution_ratio",): 0.25,
+        ("resbm_node_state_folder_free_bytes",): 1e9,
         ("resbm_node_state", "serving"): 1,
         ("resbm_node_state", "joining"): 0,
-        ("resbm_node_info", "0.1.0", "0123456789abcdef", "cpu"): 1,
+        ("resbm_node_info", "0.1.0", "0123456789abcdef", "1", "cpu", "demo"): 1,
     }
     assert {key: seen.get(key) for key in expected} == expected
     assert seen["process_resident_memory_bytes",] > 1_000_000
+
+
+def test_what_is_not_known_has_no_sample(metrics: WorkerMetrics) -> None:
+    """A loss of 0 and no loss yet are two things; counters show 0 from the start, so that their increase is seen."""
+    before = samples(metrics)
+    for name in (
+        "loss_nats",
+        "validation_loss_nats",
+        "step",
+        "window_microbatches",
+        "bottleneck_microbatches_per_second",
+    ):
+        assert ("resbm_node_" + name,) not in before
+    assert not [
+        key
+        for key in before
+        if key[0] in ("resbm_node_link_round_trip_seconds", "resbm_node_link_rate_bytes_per_second")
+    ]
+    for result in Result:
+        assert before["resbm_node_microbatches_total", result.value] == 0
+    assert before["resbm_node_links_lost_total", "upstream"] == 0
+    assert before["resbm_node_link_up", "upstream"] == 0
+
+
+def test_a_link_that_is_gone_has_no_quality(metrics: WorkerMetrics) -> None:
+    metrics.set_links({Side.UPSTREAM: link(), Side.DOWNSTREAM: link()})
+    metrics.set_links({Side.UPSTREAM: link()})
+    metrics.set_links({Side.UPSTREAM: link()})
+    seen = samples(metrics)
+    assert ("resbm_node_link_round_trip_seconds", "upstream") in seen
+    assert ("resbm_node_link_round_trip_seconds", "downstream") not in seen
+    assert seen["resbm_node_link_busy_seconds_total", "downstream"] == 2.0
+
+
+def test_counters_go_on_over_a_new_connection(metrics: WorkerMetrics) -> None:
+    for busy in (2.0, 5.0, 0.5, 1.0):  # the third is a new connection's
+        metrics.set_links({Side.UPSTREAM: link(busy)})
+    assert samples(metrics)["resbm_node_link_busy_seconds_total", "upstream"] == 6.0
+
+
+def test_the_ends_have_one_neighbour(server: MetricsServer) -> None:
+    for stage, side in ((0, "downstream"), (2, "upstream")):
+        metrics = WorkerMetrics(replace(INFO, stage=stage))
+        metrics.follow(totals())
+        keys = samples(metrics)
+        assert {key[1] for key in keys if key[0] == "resbm_node_link_up"} == {side}
+        assert bool([key for key in keys if key[0] == "resbm_node_dense_bytes_total"]) == (stage == 0)
 
 
 def test_every_name_obeys_the_rules(metrics: WorkerMetrics, server: MetricsServer) -> None:
@@ -122,7 +234,7 @@ def test_every_name_obeys_the_rules(metrics: WorkerMetrics, server: MetricsServe
             assert (family.type == "counter") == sample.name.endswith("_total")
             assert not sample.name.endswith("_created")
             assert PEER_ID not in str(sample.labels)
-            assert len(sample.labels) <= 3
+            assert len(sample.labels) <= 5
 
 
 def test_a_finished_run_shows_as_complete(metrics: WorkerMetrics, server: MetricsServer) -> None:
@@ -131,9 +243,10 @@ def test_a_finished_run_shows_as_complete(metrics: WorkerMetrics, server: Metric
     assert states == {"joining": 0, "serving": 0, "draining": 0, "complete": 1}
 
 
-def test_a_relayed_loss_is_optional(metrics: WorkerMetrics, server: MetricsServer) -> None:
-    metrics.observe(step(1, loss=None))
-    assert scrape(server.endpoint)["resbm_node_loss_nats"].samples[0].value == 0
+def test_a_loss_that_is_not_told_leaves_the_one_before(metrics: WorkerMetrics) -> None:
+    metrics.observe(step(1))
+    metrics.observe(step(2, loss=None))
+    assert samples(metrics)["resbm_node_loss_nats",] == 2.5
 
 
 def test_a_taken_port_is_a_typed_error(metrics: WorkerMetrics) -> None:
