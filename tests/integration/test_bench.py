@@ -109,3 +109,19 @@ def _until_it_has_children(process: subprocess.Popen[bytes]) -> list[psutil.Proc
             return [*family, *psutil.Process(process.pid).children(recursive=True)]
         time.sleep(0.05)
     raise AssertionError("nothing was started")
+
+
+def test_overhead_counts_what_the_bottleneck_adds(tmp_path: Path) -> None:
+    """One middle stage of H 128, h 4: the parameters and FLOPs are those of the formulas."""
+    arguments = ["overhead", "--width", "128", "--tokens", "32", "--repeats", "1"]
+    summary, result = bench(*arguments, folder=tmp_path)
+    measured = result["measurements"][0]
+    hidden, width, tokens = 128, 4, 32
+    assert measured["ours"]["boundary_parameters"] == 2 * hidden * width + width  # W_e, W_d, gain
+    assert measured["ours"]["anchor_parameters"] == 32_768 * hidden
+    assert measured["dense"]["boundary_parameters"] == measured["dense"]["anchor_parameters"] == 0
+    assert measured["ours"]["layer_parameters"] == measured["dense"]["layer_parameters"]
+    added = measured["ours"]["flops"] - measured["dense"]["flops"]
+    assert added == 2 * 3 * (2 * hidden * width) * tokens, "two products, forward and twice backward"
+    assert summary["flops_share"] == pytest.approx(added / measured["dense"]["flops"])
+    assert summary["time_ratio"]["128"] > 0
