@@ -16,11 +16,9 @@ import fcntl
 import json
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -28,6 +26,7 @@ import psutil
 from node.errors import ConfigInvalid, LabFailed
 from node.lab.shapes import InterfaceCounters, LinkShape
 from node.lab.shaping import DelayBy, Shaper
+from node.lab.signals import ending_on_signals
 from node.lab.tools import Tools, require, require_root
 from node.processes import kill_all
 
@@ -68,7 +67,7 @@ class NamespaceLab:
         require_root()
         require("ip", "tc")
         with contextlib.ExitStack() as cleanup:
-            cleanup.enter_context(_ending_on_signals())
+            cleanup.enter_context(ending_on_signals())
             _own(cleanup)
             remove_stale()
             _remove(os.getpid())  # of a dead process that had our number
@@ -222,24 +221,3 @@ def _owning(pid: int) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-@contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP, which would end the process on the spot, unwind it instead. Once is enough."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-
-    def end(number: int, _: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)

@@ -160,8 +160,8 @@ class Shaper:
                 process.kill()
             self._delayer = None
 
-    def is_alive(self) -> bool:
-        """False when a delayer is needed and has died."""
+    def is_in_force(self) -> bool:
+        """False when a delayer is needed and has died: packets then pass undelayed."""
         return self._delayer is None or self._delayer.poll() is None
 
     def _require_interface(self) -> None:
