@@ -116,6 +116,7 @@ class StageStep(Frozen):
     loss: float | None = Field(description="mean nats per token, known to the last stage (others: None or relayed)")
     tokens: int = Field(ge=0, description="tokens of this step")
     seconds: float = Field(ge=0, description="wall time since this stage's previous commit")
+    steady_seconds: float = Field(0.0, ge=0, description="of it, from the first microbatch done to the last")
     microbatches: int = Field(ge=0)
     compute_seconds: float = Field(ge=0)
     wait_seconds: float = Field(ge=0, description="spent waiting for neighbours")

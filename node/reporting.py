@@ -96,6 +96,7 @@ def _step_event(stage: int, report: StepReport) -> StageStep:
         loss=report.loss,
         tokens=report.num_tokens,
         seconds=report.wall.total_seconds(),
+        steady_seconds=report.steady.total_seconds(),
         microbatches=report.num_microbatches,
         compute_seconds=report.compute.total_seconds(),
         wait_seconds=report.wait.total_seconds(),

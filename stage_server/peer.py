@@ -80,7 +80,6 @@ class StagePeer:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = _StepClock(self.totals)
         self._sent_at: dict[MicrobatchId, float] = {}
-        self._last_back: float | None = None
         self._reported_complete = False
         self._pruned_to: int | None = None
 
@@ -234,6 +233,8 @@ class StagePeer:
 
     def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Outbound]:
         self._count_finished(name)
+        if name.kind is MicrobatchKind.TRAIN:
+            self._clock.microbatch_done()
         return self._note_evaluation(name, self.ledger.finished(name, loss, body))
 
     def _count_finished(self, name: MicrobatchId) -> None:
@@ -244,9 +245,9 @@ class StagePeer:
     def _enter_commit(self, step: StepIndex, outcome: Any) -> None:
         losses = self.ledger.losses(MicrobatchKind.TRAIN)
         self.ledger.committed_step(step)
-        self._last_back = None
+        self._window.step_ended()
         self._report_to_neighbours()
-        wall, compute, wait, link = self._clock.lap()
+        wall, steady, compute, wait, link = self._clock.lap()
         plan = self.ledger.plan
         self._report(
             StepReport(
@@ -255,6 +256,7 @@ class StagePeer:
                 num_tokens=plan.microbatches_per_step * self._wire.batch * self._wire.tokens,
                 num_microbatches=plan.microbatches_per_step,
                 wall=wall,
+                steady=steady,
                 compute=compute,
                 wait=wait,
                 gradient_norm=outcome.gradient_norm,
@@ -276,9 +278,7 @@ class StagePeer:
         if not self.ledger.is_first or sent_at is None:
             return
         now = time.monotonic()
-        since_last = None if self._last_back is None else timedelta(seconds=now - self._last_back)
-        self._last_back = now
-        self._window.completed(timedelta(seconds=now - sent_at), since_last)
+        self._window.completed(timedelta(seconds=now), timedelta(seconds=now - sent_at))
         self.ledger.window = self._window.size
 
     def _send(self, item: Outbound) -> None:
@@ -434,6 +434,8 @@ class _StepClock:
         self._totals = totals
         self._lap_started = time.monotonic()
         self._before = (0.0, 0.0, totals.link())
+        self._first_done: float | None = None
+        self._last_done = self._lap_started
 
     def computing(self) -> _Span:
         return _Span(self._totals, "compute_seconds")
@@ -441,20 +443,27 @@ class _StepClock:
     def waiting(self) -> _Span:
         return _Span(self._totals, "wait_seconds")
 
-    def lap(self) -> tuple[timedelta, timedelta, timedelta, LinkBytes]:
-        """(wall, compute, wait, link traffic) since the lap before."""
+    def microbatch_done(self) -> None:
+        self._last_done = time.monotonic()
+        if self._first_done is None:
+            self._first_done = self._last_done
+
+    def lap(self) -> tuple[timedelta, timedelta, timedelta, timedelta, LinkBytes]:
+        """(wall, from the first microbatch done to the last, compute, wait, link traffic) since the lap before."""
         now, totals, link = time.monotonic(), self._totals, self._totals.link()
         compute, wait, before = self._before
         self._before = (totals.compute_seconds, totals.wait_seconds, link)
         wall = timedelta(seconds=now - self._lap_started)
         self._lap_started = now
+        steady = timedelta(seconds=0.0 if self._first_done is None else self._last_done - self._first_done)
+        self._first_done = None
         traffic = LinkBytes(
             link.dense_bytes - before.dense_bytes,
             link.wire_bytes_forward - before.wire_bytes_forward,
             link.wire_bytes_backward - before.wire_bytes_backward,
         )
         seconds = timedelta(seconds=totals.compute_seconds - compute), timedelta(seconds=totals.wait_seconds - wait)
-        return wall, *seconds, traffic
+        return wall, steady, *seconds, traffic
 
 
 class _Span:

@@ -36,6 +36,7 @@ class StepReport:
     gradient_norm: float
     link: LinkBytes | None
     work: WorkTimes  # since the commit before
+    steady: timedelta = timedelta()  # of `wall`, from the first microbatch done to the last: the pipeline was full
 
 
 @dataclass(frozen=True, slots=True)

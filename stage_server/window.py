@@ -1,8 +1,10 @@
 """How many microbatches the first stage keeps in flight: measured, not configured. Pure.
 
 Little's law: a pipe whose slowest stage serves one microbatch every `interval` and whose empty round trip takes
-`round_trip` is full with round_trip / interval microbatches in it; more only wait in queues and hold memory. Both are
-taken as minima over a recent past, when queues were short, as BBR does for bytes (Cardwell et al., 2016).
+`round_trip` is full with round_trip / interval microbatches in it; more only wait in queues and hold memory. As BBR
+does for bytes (Cardwell et al., 2016), the round trip is the shortest that was seen lately, when queues were short. A
+pipeline empties at every commit, so that each step begins with such a moment: the shortest of this step and the one
+before is the pipe's own, however long the steps are, and it follows a changed route within two of them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import math
 from collections import deque
 from datetime import timedelta
 
-_MEMORY = 64  # samples; long enough to hold a quiet moment, short enough to follow a changed route
+_INTERVALS = 64  # completions over which the pace is measured
+_ENOUGH = 4  # intervals, before they are believed
+_SLACK = 1.25  # times the exact need: computing times vary, and a pipe that runs dry costs more than a short queue
 
 
 class CreditWindow:
@@ -19,17 +23,27 @@ class CreditWindow:
 
     def __init__(self, num_stages: int) -> None:
         self._least = num_stages  # 1F1B needs one per stage, even where round trips are free
-        self._round_trips: deque[float] = deque(maxlen=_MEMORY)
-        self._intervals: deque[float] = deque(maxlen=_MEMORY)
+        self._intervals: deque[float] = deque(maxlen=_INTERVALS)
+        self._shortest = math.inf  # round trip of this step, seconds
+        self._shortest_before = math.inf  # of the step before
+        self._last_at: timedelta | None = None
         self.size = num_stages
 
-    def completed(self, round_trip: timedelta, since_last: timedelta | None) -> None:
-        """A microbatch is back. `since_last`: time since the one before it, None for the first of a step."""
-        self._round_trips.append(round_trip.total_seconds())
-        if since_last is not None:
-            self._intervals.append(since_last.total_seconds())
-        if len(self._intervals) < 4:
+    def completed(self, at: timedelta, round_trip: timedelta) -> None:
+        """A microbatch is back, at that moment of a monotonic clock."""
+        self._shortest = min(self._shortest, round_trip.total_seconds())
+        if self._last_at is not None:
+            self._intervals.append((at - self._last_at).total_seconds())
+        self._last_at = at
+        if len(self._intervals) < _ENOUGH:
             return
-        # The median: gaps between completions are sometimes tiny (two arrive together), never for long.
+        # The median: gaps between completions are sometimes tiny (two arrive together), or as long as a round trip
+        # (the window was too small), but most of them are the pace of the slowest stage.
         interval = max(sorted(self._intervals)[len(self._intervals) // 2], 1e-6)
-        self.size = max(self._least, math.ceil(min(self._round_trips) / interval) + 1)
+        round_trip_seconds = min(self._shortest, self._shortest_before)
+        self.size = max(self._least, math.ceil(_SLACK * round_trip_seconds / interval) + 1)
+
+    def step_ended(self) -> None:
+        """The pipe is empty now, and the pause until the next completion says nothing of its pace."""
+        self._shortest_before, self._shortest = self._shortest, math.inf
+        self._last_at = None
