@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format proto figures lock clean
+.PHONY: help setup demo lab lab-down test check format proto figures lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -21,6 +21,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup  ## train a small ResBM on this machine: a coordinator and four peers
 	$(BIN)/resbm-node demo
+
+lab: setup  ## a coordinator and four peers in containers, on slow links, with dashboards; until Ctrl+C
+	$(BIN)/python -m node.lab.up
+
+lab-down: setup  ## remove what a lab has left
+	$(BIN)/python -m node.lab.up --down
 
 test: setup  ## format, lint, types and all tests
 	$(BIN)/ruff format --check .

@@ -102,7 +102,7 @@ class NamespaceLab:
 
     def counters(self, name: str) -> InterfaceCounters:
         """The kernel's counters of the peer's interface, from the lab's beginning."""
-        shown = json.loads(self._tools(name).run(f"ip -json -statistics link show dev {INTERFACE}"))
+        shown = json.loads(self.tools(name).run(f"ip -json -statistics link show dev {INTERFACE}"))
         received, sent = shown[0]["stats64"]["rx"], shown[0]["stats64"]["tx"]
         return InterfaceCounters(
             rx_bytes=received["bytes"],
@@ -118,16 +118,17 @@ class NamespaceLab:
     def _namespace(self, name: str) -> str:
         return _namespace(os.getpid(), name)
 
-    def _tools(self, name: str) -> Tools:
+    def tools(self, name: str) -> Tools:
+        """Runs the system's network tools as that peer."""
         return Tools(self._namespace(name))
 
     def _build(self) -> None:
-        outside, hub = Tools(), self._tools(_HUB)
+        outside, hub = Tools(), self.tools(_HUB)
         outside.run(f"ip netns add {hub.namespace}")
         hub.run("ip link add bridge0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
         hub.run("ip link set bridge0 addrgenmode none up")
         for number, name in enumerate(self._names, start=1):
-            peer, port = self._tools(name), f"port{number}"
+            peer, port = self.tools(name), f"port{number}"
             outside.run(f"ip netns add {peer.namespace}")
             hub.run(f"ip link add {port} type veth peer name {INTERFACE} netns {peer.namespace}")
             hub.run(f"ip link set {port} master bridge0 addrgenmode none up")
@@ -137,7 +138,7 @@ class NamespaceLab:
 
     def _shape(self) -> None:
         for name in self._names:
-            self._shapers[name] = shaper = Shaper(INTERFACE, self._tools(name), self._delay_by)
+            self._shapers[name] = shaper = Shaper(INTERFACE, self.tools(name), self._delay_by)
             shaper.apply(self._shapes[name])
 
     def _clear(self) -> None:

@@ -1,0 +1,279 @@
+"""The lab of namespaces: links are as slow as asked, a refusal is one clear error, and nothing is ever left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.lab import needs_lab
+
+from node.errors import ConfigInvalid, KernelLacks, LabFailed, NodeError
+from node.lab.namespaces import NamespaceLab, remove_stale
+from node.lab.shapes import UNSHAPED, LinkShape
+from node.lab.shaping import Shaper
+
+pytestmark = [pytest.mark.root, needs_lab]
+
+TALK = """
+import socket, sys
+place = (sys.argv[2], 4000)
+if sys.argv[1] == "serve":
+    with socket.create_server(place) as server:
+        print("up", flush=True)
+        with server.accept()[0] as stream:
+            while data := stream.recv(1 << 16):
+                stream.sendall(data[-1:])
+else:
+    import time
+    with socket.create_connection(place) as stream:
+        for line in sys.stdin:
+            started, size = time.monotonic(), int(line)
+            stream.sendall(b"x" * (size - 1))
+            stream.sendall(b"y")
+            while not (data := stream.recv(1 << 16)).endswith(b"y"):
+                pass
+            print(time.monotonic() - started, flush=True)
+"""
+
+
+class Talk:
+    """One connection from peer a to peer b."""
+
+    def __init__(self, lab: NamespaceLab) -> None:
+        self.server = self._start(lab, "b", "serve")
+        assert self.server.stdout is not None
+        assert self.server.stdout.readline() == "up\n"
+        self.client = self._start(lab, "a", "talk")
+
+    def _start(self, lab: NamespaceLab, name: str, role: str) -> subprocess.Popen[str]:
+        argv = lab.command(name, [sys.executable, "-I", "-S", "-c", TALK, role, lab.address("b")])
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, size_bytes: int) -> float:
+        """Until the last of so many bytes was answered."""
+        assert self.client.stdin is not None
+        assert self.client.stdout is not None
+        self.client.stdin.write(f"{size_bytes}\n")
+        self.client.stdin.flush()
+        return float(self.client.stdout.readline())
+
+    def end(self) -> None:
+        for process in (self.client, self.server):
+            with process:
+                process.kill()
+
+
+@contextlib.contextmanager
+def talk(lab: NamespaceLab) -> Iterator[Talk]:
+    started = Talk(lab)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+def own_system() -> list[str]:
+    """Devices and queues of the machine's own namespace."""
+    shown = json.loads(subprocess.check_output(["ip", "-json", "link"]))
+    return [link["ifname"] for link in shown] + subprocess.check_output(["tc", "qdisc"], text=True).splitlines()
+
+
+def left_by(pid: int) -> list[str]:
+    """What there still is of the lab of a process."""
+    names = [line.split()[0] for line in subprocess.check_output(["ip", "netns"], text=True).splitlines()]
+    mine = [name for name in names if name.startswith(f"resbm-{pid}-")]
+    return mine + [str(path) for path in [Path("/run/resbm-lab") / str(pid)] if path.exists()]
+
+
+def delayers_of(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if any("delayer.py" in part for part in child.cmdline())]
+
+
+def test_a_link_is_as_slow_as_asked_and_can_be_changed_under_a_connection() -> None:
+    """Lower bounds only: a busy machine can make a link slower than asked, nothing may make it faster."""
+    before = own_system()
+    with NamespaceLab(["a", "b"], LinkShape.of_round_trip(4, 60)) as lab, talk(lab) as talking:
+        assert lab.shaping("a") in ("htb+netem", "htb+nfqueue")
+        assert min(talking.seconds(1) for _ in range(3)) >= 0.060
+        started = lab.counters("b")
+        assert talking.seconds(500_000) >= 0.8  # 1 s at 4 Mbit/s; the first tenths are the buckets' and the buffer's
+        crossed = lab.counters("b").since(started)
+        assert 500_000 < crossed.rx_bytes < 600_000
+        assert 0 < crossed.tx_bytes < 100_000
+
+        lab.reshape("b", LinkShape(rate_mbit=1, delay_ms=90))
+        assert talking.seconds(1) >= 0.120
+        assert talking.seconds(100_000) >= 0.6
+        for name in ("a", "b"):
+            lab.reshape(name, UNSHAPED)
+        assert lab.shaping("b") == "none"
+        assert talking.seconds(1) < 60
+        assert not delayers_of(os.getpid())
+    assert not left_by(os.getpid())
+    assert own_system() == before
+
+
+def test_loss_loses_packets_and_connections_survive_it() -> None:
+    with NamespaceLab(["a", "b"], {"a": UNSHAPED, "b": LinkShape(loss=0.2)}) as lab:
+        assert lab.shaping("b") in ("netem", "statistic")
+        sender, receiver = (sys.executable, "-I", "-S", "-c", SEND), (sys.executable, "-I", "-S", "-c", COUNT)
+        counting = subprocess.Popen(lab.command("b", [*receiver, lab.address("b")]), stdout=subprocess.PIPE, text=True)
+        with counting:
+            assert counting.stdout is not None
+            assert counting.stdout.readline() == "up\n"
+            subprocess.check_call(lab.command("a", [*sender, lab.address("b")]))
+            arrived = int(counting.stdout.readline())
+        assert 600 < arrived < 950  # of 1000, 800 are to be expected: more than six deviations away
+
+
+SEND = """
+import socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+    for number in range(1000):
+        out.sendto(b"x", (sys.argv[1], 4000))
+        if number % 20 == 0:
+            time.sleep(0.001)
+    time.sleep(0.2)
+    for _ in range(50):
+        out.sendto(b"end", (sys.argv[1], 4000))
+"""
+COUNT = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as inlet:
+    inlet.bind((sys.argv[1], 4000))
+    print("up", flush=True)
+    number = 0
+    while inlet.recv(100) != b"end":
+        number += 1
+    print(number)
+"""
+
+
+def test_delay_by_netem_works_or_is_refused_and_leaves_nothing() -> None:
+    lab = NamespaceLab(["a"], LinkShape(delay_ms=1), delay_by="netem")
+    try:
+        with lab:
+            assert lab.shaping("a") == "netem"
+    except KernelLacks as error:
+        assert "netem" in error.cause
+    assert not left_by(os.getpid())
+
+
+def test_an_exception_inside_removes_all() -> None:
+    with pytest.raises(ZeroDivisionError), NamespaceLab(["a"], LinkShape(rate_mbit=1, delay_ms=1)):
+        raise ZeroDivisionError
+    assert not left_by(os.getpid())
+
+
+def test_a_second_lab_of_one_process_is_refused_and_the_first_stays() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        with pytest.raises(LabFailed, match="has a lab already"):
+            NamespaceLab(["b"], UNSHAPED).__enter__()
+        assert subprocess.check_output(lab.command("a", ["echo", "here"])) == b"here\n"
+
+
+def test_an_unknown_interface_is_refused_with_those_that_there_are() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab, pytest.raises(ConfigInvalid, match=r"'nosuch0'; there are: lo, eth0"):
+        Shaper("nosuch0", lab.tools("a")).apply(LinkShape(rate_mbit=1))
+
+
+# -- as a program: what people run and what they are told ---------------------------------------------------------
+
+OWNER = """
+import sys, time
+from node.errors import NodeError, describe
+from node.lab.namespaces import NamespaceLab
+from node.lab.shapes import LinkShape
+try:
+    with NamespaceLab(["a", "b"], LinkShape(rate_mbit=10, delay_ms=5)):
+        print("ready", flush=True)
+        time.sleep(100)
+except NodeError as error:
+    sys.exit(describe(error))
+"""
+
+
+def start_owner(**options: object) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", OWNER]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@contextlib.contextmanager
+def ready_owner() -> Iterator[subprocess.Popen[str]]:
+    with start_owner() as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        yield owner
+
+
+def test_sigterm_removes_all() -> None:
+    with ready_owner() as owner:
+        owner.terminate()
+        assert owner.wait(30) == 128 + signal.SIGTERM
+    assert not left_by(owner.pid)
+
+
+def test_after_sigkill_nothing_runs_and_the_next_lab_removes_the_rest() -> None:
+    with ready_owner() as owner:
+        delayers = delayers_of(owner.pid)
+        inside = subprocess.Popen(["ip", "netns", "exec", f"resbm-{owner.pid}-a", "sleep", "100"])
+        assert remove_stale() == [], "nothing of a living owner is stale"
+        owner.kill()
+        owner.wait(30)
+    assert not psutil.wait_procs(delayers, timeout=10)[1]
+    with NamespaceLab(["a"], UNSHAPED):
+        assert not left_by(owner.pid)
+        assert not psutil.pid_exists(inside.pid)
+    inside.wait()
+
+
+def refusal(**options: object) -> list[str]:
+    with start_owner(**options) as owner:
+        errors = owner.communicate(timeout=60)[1]
+    assert owner.returncode == 1
+    assert not left_by(owner.pid)
+    return errors.splitlines()
+
+
+def test_without_root_a_lab_is_refused() -> None:
+    done = os.fork()  # not Popen(user=...): a user may be unable to read this Python
+    if done == 0:
+        os.setresuid(65534, 65534, 65534)
+        try:
+            NamespaceLab(["a"], UNSHAPED).__enter__()
+        except NodeError as error:
+            os._exit(error.code)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(done, 0)[1]) == 110
+    assert not left_by(done)
+
+
+def test_without_tools_a_lab_is_refused(tmp_path: Path) -> None:
+    lines = refusal(env={**os.environ, "PATH": str(tmp_path)})
+    assert lines[0] == "error E111: the program ip is not on the PATH"
+    assert "iproute2" in lines[1]
+
+
+def test_a_kernel_without_htb_is_told_from_other_failures_and_what_was_made_is_removed(tmp_path: Path) -> None:
+    """`tc` here is a script that runs the real one, but answers for htb as it does where the kernel lacks it."""
+    for answer, told in (
+        ("Error: Specified qdisc kind is unknown.", "error E112: `tc qdisc add dev eth0 root handle 1: htb default 1`"),
+        ("RTNETLINK answers: Device or resource busy", "error E113: `tc qdisc add dev eth0 root handle 1: htb"),
+    ):
+        script = f'#!/bin/sh\ncase "$*" in *htb*) echo "{answer}" >&2; exit 2;; esac\nexec {shutil.which("tc")} "$@"\n'
+        (tmp_path / "tc").write_text(script)
+        (tmp_path / "tc").chmod(0o755)
+        lines = refusal(env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+        assert lines[0].startswith(told)
+        assert lines[0].endswith(answer)
+        assert len(lines) == 2
