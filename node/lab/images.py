@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import ssl
+import sys
 import tempfile
-from configparser import ConfigParser
 from pathlib import Path
 
 from node.errors import EngineUnavailable
@@ -19,9 +19,9 @@ PYTHON = "python:3.11-slim"
 PROMETHEUS = "prom/prometheus:v2.55.1"
 GRAFANA = "grafana/grafana:11.4.0"
 
+_DEBIAN = "resbm-lab/debian"
 _SUITE = "bookworm"  # its Python is 3.11
 _PACKAGES = "ca-certificates,python3,python3-venv,python3-pip"
-_PIP_CONF = Path("/etc/pip.conf")
 
 
 def provide(image: str, say: Say) -> bool:
@@ -44,26 +44,29 @@ def provide(image: str, say: Say) -> bool:
 
 
 def _stand_in_for_python(say: Say) -> None:
-    """A minimal Debian whose Python is in /usr/local, where the official image has it."""
+    """A Debian whose Python is in /usr/local, where the official image has it."""
     say(f"{PYTHON} cannot be pulled: building a stand-in from Debian's packages (a minute or two)")
-    if shutil.which("mmdebstrap") is None:
-        run_logged(["apt-get", "install", "-y", "-qq", "mmdebstrap"], "install mmdebstrap")
     with tempfile.TemporaryDirectory(prefix="resbm-lab-") as name:
         folder = Path(name)
-        root = folder / "root.tar"
-        run_logged(
-            ["mmdebstrap", "--variant=minbase", f"--include={_PACKAGES}", _SUITE, str(root)],
-            f"make a stand-in for {PYTHON}",
-        )
-        run_logged(["docker", "import", str(root), "resbm-lab/debian"], "import the stand-in")
-        root.unlink()
+        if output_of(["docker", "image", "inspect", _DEBIAN]) is None:
+            _import_debian(folder / "root.tar")
         _copy_pip_settings(folder)
         (folder / "Dockerfile").write_text(_STAND_IN_FOR_PYTHON)
         _build(folder, PYTHON)
 
 
-_STAND_IN_FOR_PYTHON = """\
-FROM resbm-lab/debian
+def _import_debian(root: Path) -> None:
+    """A minimal Debian, for both stand-ins."""
+    if shutil.which("mmdebstrap") is None:
+        run_logged(["apt-get", "install", "-y", "-qq", "mmdebstrap"], "install mmdebstrap")
+    bootstrap = ["mmdebstrap", "--variant=minbase", f"--include={_PACKAGES}", _SUITE, str(root)]
+    run_logged(bootstrap, f"make a stand-in for {PYTHON}")
+    run_logged(["docker", "import", str(root), _DEBIAN], "import the stand-in")
+    root.unlink()
+
+
+_STAND_IN_FOR_PYTHON = f"""\
+FROM {_DEBIAN}
 COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY pip.conf /etc/pip.conf
 COPY wheels /opt/wheels
@@ -74,18 +77,23 @@ CMD ["python3"]
 
 
 def _copy_pip_settings(folder: Path) -> None:
-    """Certificates, and a pip.conf that finds the wheels of this machine's in /opt/wheels."""
+    """This machine's certificates, and a pip.conf with its index that finds its wheels in /opt/wheels."""
     bundle = ssl.get_default_verify_paths().cafile
     (folder / "ca-certificates.crt").write_bytes(Path(bundle).read_bytes() if bundle else b"")
-    settings = ConfigParser()
-    settings.read(_PIP_CONF)
-    wheels = settings.get("global", "find-links", fallback="").split()
+    settings = _pip_settings()
     (folder / "wheels").mkdir()
-    for place in filter(Path.is_dir, map(Path, wheels)):
+    for place in filter(Path.is_dir, map(Path, settings.get("find-links", "").split())):
         shutil.copytree(place, folder / "wheels", dirs_exist_ok=True)
-    kept = {key: settings["global"][key] for key in ("index-url", "cert") if settings.has_option("global", key)}
-    lines = ["[global]", "find-links = /opt/wheels", "retries = 1", "timeout = 15"]
-    (folder / "pip.conf").write_text("\n".join([*lines, *(f"{key} = {value}" for key, value in kept.items()), ""]))
+    index = [f"index-url = {settings['index-url']}"] if "index-url" in settings else []
+    lines = ["[global]", "find-links = /opt/wheels", "retries = 1", "timeout = 15", *index, ""]
+    (folder / "pip.conf").write_text("\n".join(lines))
+
+
+def _pip_settings() -> dict[str, str]:
+    """By key, wherever they are set; `pip config list` prints lines like global.index-url='...'."""
+    listed = output_of([sys.executable, "-m", "pip", "config", "list"]) or ""
+    pairs = (line.partition("=") for line in listed.splitlines())
+    return {name.rpartition(".")[2]: value.strip("'") for name, _, value in pairs}
 
 
 def _stand_in_for_prometheus(say: Say) -> None:
@@ -97,8 +105,8 @@ def _stand_in_for_prometheus(say: Say) -> None:
         _build(folder, PROMETHEUS)
 
 
-_STAND_IN_FOR_PROMETHEUS = """\
-FROM resbm-lab/debian
+_STAND_IN_FOR_PROMETHEUS = f"""\
+FROM {_DEBIAN}
 RUN apt-get update && apt-get install -y --no-install-recommends prometheus wget && rm -rf /var/lib/apt/lists/* \\
  && install -d -o nobody /prometheus
 USER nobody
