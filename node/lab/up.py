@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from node.errors import EngineUnavailable, LabFailed, NodeError, PortTaken, describe
+from node.errors import ConfigInvalid, EngineUnavailable, LabFailed, NodeError, PortTaken, describe
 from node.lab.engine import engine, output_of, require_compose
 from node.lab.images import GRAFANA, PROMETHEUS, PYTHON, provide
 from node.lab.links import read_links
@@ -45,13 +45,16 @@ def say(text: str) -> None:
 
 
 def port_of(service: str) -> int:
-    """Where a service is to be found on this machine."""
+    """Where a service is to be found on this machine. Raises ConfigInvalid."""
     variable, default = PORTS[service]
-    return int(os.environ.get(variable) or default)
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise ConfigInvalid(f"{variable} = {text!r} is no port", remedy="give a number from 1 to 65535")
+    return int(text)
 
 
 def require_free_ports(services: list[str]) -> None:
-    """Raises PortTaken, before anything is started."""
+    """Raises PortTaken, ConfigInvalid: before anything is started."""
     for service in services:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

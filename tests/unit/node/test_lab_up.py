@@ -1,0 +1,62 @@
+"""`make lab` on a machine that cannot have one: one clear line with a remedy, before anything is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from node.errors import ConfigInvalid
+from node.lab.up import port_of
+
+
+def refusal(*arguments: str, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "node.lab.up", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == "", "nothing was started"
+    cause, remedy = done.stderr.splitlines()
+    assert remedy.startswith("  remedy: ")
+    return [cause, remedy.removeprefix("  remedy: ")]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        cause, remedy = refusal(RESBM_PROMETHEUS_PORT=free_port(), RESBM_GRAFANA_PORT=str(port))
+    assert cause.startswith(f"error E105: port {port} of this machine, for grafana: Address already in use")
+    assert "RESBM_GRAFANA_PORT=" in remedy
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
+def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("RESBM_PROMETHEUS_PORT", port)
+    with pytest.raises(ConfigInvalid, match=f"RESBM_PROMETHEUS_PORT = '{port}' is no port"):
+        port_of("prometheus")
+
+
+def test_no_engine_and_no_way_to_install_one(tmp_path: Path) -> None:
+    ports = {"RESBM_PROMETHEUS_PORT": free_port(), "RESBM_GRAFANA_PORT": free_port()}
+    cause, remedy = refusal(PATH=str(tmp_path), **ports)
+    assert cause.startswith("error E114: ")
+    assert "docs.docker.com" in remedy
+
+
+def test_nothing_to_remove_without_an_engine(tmp_path: Path) -> None:
+    assert refusal("--down", PATH=str(tmp_path))[0].startswith("error E114: no container engine answers")
