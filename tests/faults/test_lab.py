@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -277,3 +278,67 @@ def test_a_kernel_without_htb_is_told_from_other_failures_and_what_was_made_is_r
         assert lines[0].startswith(told)
         assert lines[0].endswith(answer)
         assert len(lines) == 2
+
+
+# -- python -m node.lab.shape: what a container's entrypoint does ---------------------------------------------------
+
+
+def shape_program(lab: NamespaceLab, *arguments: object) -> subprocess.Popen[str]:
+    argv = lab.command("a", [sys.executable, "-m", "node.lab.shape", *map(str, arguments)])
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def queues(lab: NamespaceLab) -> str:
+    return lab.tools("a").run("tc class show dev eth0")
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_command_runs_as_a_user_on_a_link_that_follows_its_file(tmp_path: Path) -> None:
+    links, status = tmp_path / "lab.toml", tmp_path / "link.json"
+    links.write_text("[default]\nrate_mbit = 20\n")
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        files = ("--links", links, "--peer", "a", "--status", status)
+        with shape_program(lab, *files, "--user", "nobody", "--", "sh", "-c", "id -un; read answer; exit 3") as program:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            assert program.stdout.readline() == "nobody\n"
+            assert "rate 20Mbit" in queues(lab)
+            links.write_text("[default]\nrate_mbit = -1\n")
+            time.sleep(2)  # it looks once a second: a mistake in the file must change nothing
+            links.write_text("[default]\nrate_mbit = 20\n[peers.a]\nrate_mbit = 2\n")
+            wait_until(lambda: "rate 2Mbit" in queues(lab))
+            wait_until(lambda: json.loads(status.read_text())["rate_mbit"] == 2)
+            assert json.loads(status.read_text())["mechanism"] == "htb"
+            program.stdin.close()
+            assert program.wait(30) == 3
+            assert program.stderr is not None
+            assert "error E102" in program.stderr.read()
+        assert not queues(lab)
+
+
+def test_sigterm_is_the_commands_to_answer() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        told = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+        with shape_program(lab, "--rate-mbit", 20, "--", "sh", "-c", told) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "up\n"
+            program.terminate()
+            assert program.communicate(timeout=30)[0] == "bye\n"
+        assert program.returncode == 0
+        assert not queues(lab)
+
+
+def test_an_unknown_user_or_program_leaves_the_link_as_it_was() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        for arguments in (("--user", "nobody-knows", "--", "true"), ("--", "no-such-program")):
+            with shape_program(lab, "--rate-mbit", 20, *arguments) as program:
+                said = program.communicate(timeout=30)[1]
+            assert program.returncode == 2
+            assert "error E102" in said
+            assert not queues(lab)
