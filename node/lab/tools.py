@@ -19,7 +19,7 @@ _NOT_KNOWN = (
     "Operation not supported",
     "Protocol not supported",
 )
-_SECONDS = 20.0
+_SECONDS = 60.0
 
 
 class Tools:
@@ -45,16 +45,18 @@ class Tools:
         """
         argv = shlex.split(command)
         require(argv[0])
-        done = subprocess.run(
-            self.inside(argv),
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            env={**os.environ, "LC_ALL": "C"},
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                self.inside(argv),
+                input=stdin or "",
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                env={**os.environ, "LC_ALL": "C"},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise LabFailed(f"`{command}` did not end within {_SECONDS:.0f} s") from None
         if done.returncode:
             raise _complaint(command, done.stderr.strip() or f"exit status {done.returncode}")
         return done.stdout
