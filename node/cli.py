@@ -17,6 +17,8 @@ import typer
 from node.bench.codec import codec
 from node.bench.convergence import convergence
 from node.bench.local import local
+from node.bench.overhead import overhead
+from node.bench.wan.command import wan
 from node.bench.wire import wire
 from node.commands.coordinator import coordinator
 from node.commands.demo import demo
@@ -52,7 +54,7 @@ def build_app() -> typer.Typer:
         epilog="Start here: resbm-node bench codec --quick.",
         no_args_is_help=True,
     )
-    for benchmark in (codec, wire, local, convergence):
+    for benchmark in (codec, wire, local, convergence, overhead, wan):
         bench.command(benchmark.__name__)(guarded(benchmark))
     app.add_typer(bench, name="bench")
     return app

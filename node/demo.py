@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import psutil
 
@@ -39,9 +39,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COMMAND = (sys.executable, "-m", "node.cli")
+COORDINATOR = "coordinator"
 LEAVING = timedelta(seconds=10)
 """How long peers may take to leave in good order at the end; then they are killed."""
 _REDRAW_SECONDS = 0.5
+
+
+def peer_names(num_stages: int) -> list[str]:
+    """Of a demo's peers; who serves which stage they settle among themselves."""
+    return [f"peer-{number}" for number in range(1, num_stages + 1)]
 
 
 class Interrupted(Exception):
@@ -66,6 +72,26 @@ class DemoOptions:
     fault: Fault | None = None
 
 
+class Place(Protocol):
+    """Where the demo's processes live. Names are `COORDINATOR` and those of the peers, peer-1 and so on."""
+
+    def address(self, name: str) -> str:
+        """The IP address on which that process listens."""
+
+    def command(self, name: str, argv: Sequence[str]) -> list[str]:
+        """The command line that starts it there."""
+
+
+class Loopback:
+    """All of them on this machine's loopback address."""
+
+    def address(self, name: str) -> str:
+        return "127.0.0.1"
+
+    def command(self, name: str, argv: Sequence[str]) -> list[str]:
+        return list(argv)
+
+
 class Child:
     """A process of the demo, its log, and the listener to its events."""
 
@@ -87,14 +113,17 @@ class Child:
 class Demo:
     """One demo in one folder. `run` trains to the end; `stop_children` must follow, however it ended."""
 
-    def __init__(self, config: RunConfig, folder: Path, options: DemoOptions, view: DemoView) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, options: DemoOptions, view: DemoView, place: Place | None = None
+    ) -> None:
         self.config = config
         self.folder = folder
         self.options = options
         self.view = view
+        self.place = place or Loopback()
         self.steps = StepAggregator(config.stages)
         self.evaluations: dict[int, float] = {}
-        self.peers = [PeerView(f"peer-{number}") for number in range(1, config.stages + 1)]
+        self.peers = [PeerView(name) for name in peer_names(config.stages)]
         self._children: list[Child] = []
         self._listeners: list[asyncio.Task[None]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -132,7 +161,7 @@ class Demo:
         return task.result()
 
     async def _train(self) -> None:
-        self._start("coordinator", self._coordinator_command(), self._on_coordinator_event)
+        self._start(COORDINATOR, self._coordinator_command(), self._on_coordinator_event)
         ticket = await self._ticket
         for peer in self.peers:
             self._start(peer.name, self._join_command(peer.name, ticket), self._on_peer_event(peer))
@@ -150,14 +179,14 @@ class Demo:
 
         run_file = self.folder / "run.toml"
         run_file.write_text(dump_toml(self.config))
-        place = ["--host", "127.0.0.1", "--state-dir", str(self.folder / "coordinator")]
+        place = ["--host", self.place.address(COORDINATOR), "--state-dir", str(self.folder / COORDINATOR)]
         return [*COMMAND, "coordinator", "--run", str(run_file), *place, "--json"]
 
     def _join_command(self, name: str, ticket: str) -> list[str]:
         options = {
             "--stage": "auto",
             "--state-dir": self.folder / name,
-            "--host": "127.0.0.1",
+            "--host": self.place.address(name),
             "--metrics-port": 0,
             "--device": self.options.device,
             "--threads": self.options.threads or threads_of_a_stage(self.config.stages),
@@ -166,7 +195,7 @@ class Demo:
         return [*COMMAND, "join", ticket, *(str(part) for pair in options.items() for part in pair), "--json"]
 
     def _start(self, name: str, command: Sequence[str], on_event: Callable[[Event], None]) -> None:
-        child = Child(name, command, self.folder)
+        child = Child(name, self.place.command(name, command), self.folder)
         self._children.append(child)
         self._listeners.append(asyncio.create_task(self._follow(child, on_event)))
 
@@ -248,7 +277,7 @@ class Demo:
         self._leaving = True
         if self._failure.done():
             self._failure.exception()  # heard of already, or nobody asks any more
-        await self._leave([child for child in self._children if child.name != "coordinator"])
+        await self._leave([child for child in self._children if child.name != COORDINATOR])
         await self._leave(self._children)
         sweep_orphans(keep=self._not_ours)
         for listener in self._listeners:

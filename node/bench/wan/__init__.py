@@ -1,0 +1,1 @@
+"""`resbm-node bench wan`: training over shaped links."""

@@ -1,0 +1,74 @@
+"""`resbm-node bench wan`: training speed against bandwidth, round trip and loss, on links that the kernel shapes.
+
+Ours, our own pipeline without a bottleneck, and PyTorch's pipeline run one after another in the same network
+namespaces. Each is started once; links are reshaped while it trains, the step into which the change fell is left out,
+and whole steps are measured. Needs root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from node.bench.common import JsonLines, OutFile, Quick, Report, watching
+from node.bench.wan import plan
+
+PRESET = "demo"
+BATCH = 1
+MICROBATCHES = 32
+"""Of one sequence each: as many as make a step worth its flush."""
+
+
+def wan(
+    *,
+    preset: Annotated[str, typer.Option(help="Run to train.")] = PRESET,
+    system: Annotated[list[str] | None, typer.Option(help="Who trains.", show_default="dense, ours, torch")] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(help="Mbit/s of each up-link and down-link, or 'unshaped'.", show_default="unshaped, 1000 to 1"),
+    ] = None,
+    round_trip: Annotated[
+        list[float] | None, typer.Option(help="Milliseconds between two peers.", show_default="0, 50, 100, 200")
+    ] = None,
+    loss: Annotated[list[float] | None, typer.Option(help="Percent of packets lost.", show_default="0, 1")] = None,
+    microbatches: Annotated[int, typer.Option(min=2, help="Microbatches in a step.")] = MICROBATCHES,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a microbatch.")] = BATCH,
+    quick: Quick = False,
+    json_lines: JsonLines = False,
+    out: OutFile = None,
+) -> None:
+    """Measure training over shaped links against two dense pipelines in the same network namespaces. Needs root.
+
+    Example: resbm-node bench wan --quick
+    """
+    systems = plan.systems_of(system or list(plan.System))
+    rates = plan.rates_of(bandwidth or (plan.QUICK_BANDWIDTHS if quick else plan.BANDWIDTHS))
+    round_trips = plan.require_round_trips(round_trip or (plan.QUICK_ROUND_TRIPS_MS if quick else plan.ROUND_TRIPS_MS))
+    losses = plan.losses_of(loss or ((0.0, 1.0) if not quick else (0.0,)))
+    from node.lab.tools import require_root
+
+    require_root()
+    from node.bench.wan.run import Task, run
+    from node.config import preset as preset_named
+    from node.config import validated
+
+    values = preset_named(preset).model_dump()
+    values["plan"] |= {"microbatches_per_step": microbatches, "batch": batch}
+    flush_at = plan.flush_point(rates, round_trips)
+    task = Task(
+        config=validated(values, "command line"),
+        systems=systems,
+        sweep=plan.sweep(rates, round_trips, losses),
+        effort=plan.QUICK if quick else plan.FULL,
+        flush_plans=tuple(plan.flush_plans(microbatches, quick=quick)) if flush_at else (),
+        flush_at=flush_at,
+    )
+    with watching(json_lines=json_lines) as watcher:
+        report = Report("wan", watcher, quick=quick, out=out)
+        findings = run(task, watcher)
+        from node.bench.wan.tables import summary_of, tables_of
+
+        measurements = {"run": task.config.model_dump(mode="json"), "run_id": task.config.run_id, **asdict(findings)}
+        report.finish(measurements, tables_of(findings, task.config), summary_of(findings))
