@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab lab-down test check format proto figures lock clean
+.PHONY: help setup demo lab lab-down test check format proto figures dashboards lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -45,6 +45,10 @@ proto: setup  ## regenerate proto/gen from proto/*.proto
 
 figures: setup  ## redraw docs/images from docs/results
 	$(BIN)/python docs/figures.py
+
+dashboards: setup  ## rebuild docker/grafana/dashboards and the table of docs/metrics.md
+	$(BIN)/python docker/grafana/build.py
+	$(BIN)/python docs/metrics_table.py
 
 lock: setup  ## rewrite requirements.lock from what .venv holds
 	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock

@@ -51,6 +51,16 @@ class NodeInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """One metric, for docs and for whoever checks queries: the name that queries use, without _bucket, _sum, _count."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    labels: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a stage has to do now, in microbatches. `window` is the first stage's own; None on the others."""
 
@@ -66,6 +76,7 @@ class WorkerMetrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
         self.registry = CollectorRegistry()
         self.info = info
+        self.described: list[Described] = []
         ProcessCollector(registry=self.registry)  # process_resident_memory_bytes, process_cpu_seconds_total, ...
         self._describe(info)
         self._build_progress()
@@ -157,15 +168,19 @@ class WorkerMetrics:
         self._contribution = self._known("contribution_ratio", "This peer's share of its stage's speed.")
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        self.described.append(Described(f"{PREFIX}_{name}", "gauge", labels, text))
         return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
     def _known(self, name: str, text: str) -> KnownGauge:
+        self.described.append(Described(f"{PREFIX}_{name}", "gauge", (), text))
         return KnownGauge(f"{PREFIX}_{name}", text, self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        self.described.append(Described(f"{PREFIX}_{name}_total", "counter", labels, text))
         return Counter(f"{PREFIX}_{name}_total", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        self.described.append(Described(f"{PREFIX}_{name}", "histogram", labels, text))
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     # -- what is heard ------------------------------------------------------------------------------------------
