@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,7 @@ from node.commands import options
 from node.tasks import first_of
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from coordinator.directory import DirectorySnapshot, PeerEntry
+    from coordinator.directory import DirectorySnapshot
     from coordinator.reading import PublishedRun
     from coordinator.swarm import Swarm
     from coordinator.ticket import Ticket
@@ -36,7 +34,7 @@ def status(
     host: Annotated[str, typer.Option(help="Address to listen on for answers.")] = "0.0.0.0",
     json_lines: options.JsonLines = False,
 ) -> None:
-    """Show a run's stages and peers: step, loss, speed and compression, as the directory knows them.
+    """Show a run's stages and peers: step, loss, speed, bottleneck, links and compression, as the directory knows them.
 
     Example: resbm-node status --watch
     """
@@ -105,6 +103,8 @@ def _printing(*, json_lines: bool, redraw: bool) -> Iterator[Callable[[Directory
     from rich.console import Console
     from rich.live import Live
 
+    from node.status_view import as_json, as_table
+
     console = Console(highlight=False)
     if json_lines:
         yield lambda *view: typer.echo(json.dumps(as_json(*view)))
@@ -113,93 +113,3 @@ def _printing(*, json_lines: bool, redraw: bool) -> Iterator[Callable[[Directory
             yield lambda *view: live.update(as_table(*view), refresh=True)
     else:
         yield lambda *view: console.print(as_table(*view))
-
-
-def as_json(snapshot: DirectorySnapshot, name: str, steps: int) -> dict[str, Any]:
-    """One view, for scripts."""
-    peers = [
-        {
-            "stage": entry.stage,
-            "peer_id": entry.peer_id,
-            "state": state_name(entry),
-            "endpoints": list(entry.endpoints),
-            "committed_step": entry.committed_step,
-            "durable_step": entry.durable_step,
-            "loss": entry.loss,
-            "tokens_per_second": entry.tokens_per_second,
-            "compute_share": entry.compute_share,
-            "queue_depth": entry.queue_depth,
-            "microbatches": entry.microbatches,
-            "wire_compression": entry.wire_compression or None,
-            "software_version": entry.software_version,
-        }
-        for entry in snapshot.all_peers()
-    ]
-    return {
-        "event": "status",
-        "run_id": snapshot.run_id,
-        "name": name,
-        "num_stages": snapshot.num_stages,
-        "steps": steps,
-        "unserved_stages": unserved(snapshot),
-        "refused_records": snapshot.num_refused,
-        "peers": peers,
-    }
-
-
-def as_table(snapshot: DirectorySnapshot, name: str, steps: int) -> RenderableType:
-    """One view, for people."""
-    from rich.table import Table
-
-    missing = ", ".join(map(str, unserved(snapshot)))
-    caption = f"nobody serves stage {missing}" if missing else "every stage is served"
-    table = Table(title=f"run {name} ({snapshot.run_id})", caption=caption, title_justify="left")
-    for column, justify in _COLUMNS:
-        table.add_column(column, justify="right" if justify else "left", no_wrap=True)
-    for stage in range(snapshot.num_stages):
-        for entry in snapshot.at(stage):
-            table.add_row(*_row(entry, steps))
-        if not snapshot.at(stage):
-            table.add_row(str(stage), "[yellow]nobody[/]")
-    return table
-
-
-_COLUMNS = (
-    ("stage", True),
-    ("peer", False),
-    ("state", False),
-    ("step", True),
-    ("loss", True),
-    ("tokens/s", True),
-    ("computing", True),
-    ("queue", True),
-    ("wire", True),
-)
-
-
-def _row(entry: PeerEntry, steps: int) -> tuple[str, ...]:
-    from node.ui import short_count
-
-    return (
-        str(entry.stage),
-        f"{entry.peer_id[:8]}..{entry.peer_id[-6:]}",
-        state_name(entry),
-        f"{entry.committed_step}/{steps}",
-        "-" if entry.loss is None else f"{entry.loss:.3f}",
-        short_count(entry.tokens_per_second),
-        f"{100 * entry.compute_share:.0f} %",
-        str(entry.queue_depth),
-        f"{entry.wire_compression:.0f}x" if entry.wire_compression else "-",
-    )
-
-
-def state_name(entry: PeerEntry) -> str:
-    """'serving', from PEER_STATE_SERVING."""
-    from resbm_pb import records_pb2
-
-    return records_pb2.PeerState.Name(entry.state).removeprefix("PEER_STATE_").lower()
-
-
-def unserved(snapshot: DirectorySnapshot) -> list[int]:
-    """Stages without a peer."""
-    return [stage for stage in range(snapshot.num_stages) if not snapshot.at(stage)]

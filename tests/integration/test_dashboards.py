@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -38,9 +40,16 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True)
+class TrainingSwarm:
+    """A swarm of two stages at work."""
+
+    ticket: str
+    endpoints: list[str]  # of metrics
+
+
 @pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[list[str]]:
-    """Where the peers of a training swarm of two stages serve their metrics."""
+def swarm(tmp_path: Path) -> Iterator[TrainingSwarm]:
     changes = {"steps": 100_000, "evaluate_every": 5, "checkpoint_every": 5}
     config = preset("tiny").with_overrides(stages=2)
     config = config.model_copy(update={"plan": config.plan.model_copy(update=changes)})
@@ -49,25 +58,25 @@ def swarm(tmp_path: Path) -> Iterator[list[str]]:
     place = ("--host", "127.0.0.1")
     nodes = [NodeProcess(tmp_path / "coordinator", "coordinator", "--run", str(run_file), *place)]
     try:
-        ticket = nodes[0].wait_for(TicketPrinted, 60).ticket
+        ticket = nodes[0].wait_for(TicketPrinted, 90).ticket
         for stage in range(2):
             join = ("join", ticket, "--stage", str(stage), "--metrics-port", "0", "--threads", "1")
             nodes.append(NodeProcess(tmp_path / f"peer{stage}", *join, *place))
-        endpoints = [node.wait_for(Live, 60).metrics_endpoint for node in nodes[1:]]
-        yield [endpoint for endpoint in endpoints if endpoint]
+        endpoints = [node.wait_for(Live, 90).metrics_endpoint for node in nodes[1:]]
+        yield TrainingSwarm(ticket, [endpoint for endpoint in endpoints if endpoint])
     finally:
         leave_all(nodes[1:])
         leave_all(nodes[:1])
 
 
 @pytest.fixture
-def prometheus(swarm: list[str], tmp_path: Path) -> Iterator[str]:
+def prometheus(swarm: TrainingSwarm, tmp_path: Path) -> Iterator[str]:
     """The lab's configuration with this swarm's addresses, in a hurry."""
     folder = tmp_path / "prometheus"
     shutil.copytree(ROOT / "docker" / "prometheus", folder)
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = swarm
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = swarm.endpoints
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     url = f"127.0.0.1:{free_port()}"
     options = ("--config.file=prometheus.yml", f"--web.listen-address={url}", "--log.level=warn")
@@ -94,8 +103,8 @@ def failures(url: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(240)
-def test_every_panel_has_something_to_show(prometheus: str, swarm: list[str], tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_every_panel_has_something_to_show(prometheus: str, swarm: TrainingSwarm, tmp_path: Path) -> None:
     deadline = time.monotonic() + 90
     while left := failures(prometheus):
         assert time.monotonic() < deadline, left
@@ -105,7 +114,7 @@ def test_every_panel_has_something_to_show(prometheus: str, swarm: list[str], tm
         rules = [rule for group in json.load(reply)["data"]["groups"] for rule in group["rules"]]
     assert {rule["name"]: rule["health"] for rule in rules if rule["health"] != "ok"} == {}
     assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
-    for endpoint in swarm:
+    for endpoint in swarm.endpoints:
         with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=10) as reply:
             subprocess.run(["promtool", "check", "metrics"], input=reply.read(), check=True, timeout=30)
 
@@ -114,6 +123,29 @@ def test_every_panel_has_something_to_show(prometheus: str, swarm: list[str], tm
     done = subprocess.run([*draw, "--boards-only"], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {f"{board.name}.png" for board in BOARDS}
+
+    assert_the_terminal_shows_the_same(swarm.ticket)
+
+
+def assert_the_terminal_shows_the_same(ticket: str) -> None:
+    """`status --watch --json`: a line a refresh until Ctrl+C, which is no error."""
+    command = [sys.executable, "-m", "node.cli", "status", ticket, "--host", "127.0.0.1", "--watch", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as status:
+        assert status.stdout is not None
+        views = [json.loads(status.stdout.readline()) for _ in range(2)]
+        status.send_signal(signal.SIGINT)
+        _rest, errors = status.communicate(timeout=30)
+    assert status.returncode == 0, errors
+    assert not errors
+    assert [view["event"] for view in views] == ["status", "status"]
+    now = views[-1]["swarm"]
+    assert now["replicas"] == [1, 1]
+    for key in ("step", "loss", "tokens_per_second", "bottleneck_microbatches_per_second", "wire_compression"):
+        assert now[key] > 0
+    first, last = views[-1]["peers"]
+    assert first["round_trip_seconds"] > 0
+    assert first["link_bytes_per_second"] > 0
+    assert last["round_trip_seconds"] is None
 
 
 def test_drawing_says_what_is_missing(tmp_path: Path) -> None:

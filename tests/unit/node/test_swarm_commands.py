@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import typer
 from rich.console import Console
 
 from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
+from node import status_view
 from node.commands import coordinator, join, status
 from node.events import PeerSeen
+from node.swarm_view import SwarmView
 
 
 def entry(stage: int, peer_id: str = "12D3KooWExamplePeer0123456789", **values: object) -> PeerEntry:
@@ -32,26 +35,73 @@ def entry(stage: int, peer_id: str = "12D3KooWExamplePeer0123456789", **values: 
 SNAPSHOT = DirectorySnapshot.of(
     "r",
     3,
-    [entry(0, committed_step=7, loss=2.5, wire_compression=113.0), entry(2, state=COMPLETE)],
+    [
+        entry(
+            0,
+            committed_step=7,
+            loss=2.5,
+            throughput=3.25,
+            tokens_per_second=1500.0,
+            wire_compression=113.0,
+            round_trip_seconds=0.2,
+            link_bytes_per_second=1e7,
+        ),
+        entry(2, state=COMPLETE),
+    ],
     taken_at=50.0,
     num_refused=1,
 )
 
 
 def test_status_for_scripts_names_what_is_unserved_and_refused() -> None:
-    view = status.as_json(SNAPSHOT, "demo", 100)
+    view = status_view.as_json(SNAPSHOT, "demo", 100)
     assert (view["unserved_stages"], view["refused_records"], view["steps"]) == ([1], 1, 100)
     first, last = view["peers"]
     assert (first["stage"], first["state"], first["committed_step"], first["loss"]) == (0, "serving", 7, 2.5)
-    assert (last["state"], last["wire_compression"]) == ("complete", None)
+    assert (first["round_trip_seconds"], first["link_bytes_per_second"]) == (0.2, 1e7)
+    assert first["microbatches_per_second"] == 3.25
+    assert (last["state"], last["wire_compression"], last["round_trip_seconds"]) == ("complete", None, None)
+    assert view["swarm"] == {
+        "step": 0,
+        "loss": 2.5,
+        "tokens_per_second": 1500.0,
+        "replicas": [1, 0, 1],
+        "bottleneck_stage": 1,
+        "bottleneck_microbatches_per_second": 0.0,
+        "wire_compression": 113.0,
+    }
+    assert json.loads(json.dumps(view)) == view
 
 
 def test_status_for_people_has_a_row_for_every_stage() -> None:
     out = io.StringIO()
-    Console(file=out, width=160).print(status.as_table(SNAPSHOT, "demo", 100))
+    Console(file=out, width=160).print(status_view.as_table(SNAPSHOT, "demo", 100))
     text = out.getvalue()
-    for words in ("nobody serves stage 1", "7/100", "2.500", "113x", "complete", "12D3KooW..456789"):
+    for words in (
+        "nobody serves stage 1",
+        "7/100",
+        "2.500",
+        "113x",
+        "complete",
+        "12D3KooW..456789",
+        "80 Mbit/s",
+        "200 ms",
+        "1.5k tokens/s",
+    ):
         assert words in text
+
+
+def test_status_names_the_stage_that_holds_the_swarm_back() -> None:
+    full = DirectorySnapshot.of(
+        "r", 2, [entry(0, throughput=4.0, committed_step=3), entry(1, throughput=2.5, committed_step=4)], taken_at=50.0
+    )
+    line = status_view.summary(SwarmView.of(full), 100)
+    assert line == "step 3/100 · 0 tokens/s · bottleneck: stage 1, 2.5 microbatches/s"
+
+
+@pytest.mark.parametrize(("rate", "text"), [(10, "80 bit/s"), (1e7, "80 Mbit/s"), (1.25e8, "1.0 Gbit/s")])
+def test_rates_are_told_in_bits(rate: float, text: str) -> None:
+    assert status_view.short_rate(rate) == text
 
 
 def test_the_last_ticket_is_found_where_a_coordinator_leaves_it(tmp_path: Path) -> None:
