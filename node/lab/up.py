@@ -114,7 +114,7 @@ def watch(*, until_training: bool) -> None:
         if step > told:
             told = step
             loss, speed = (
-                ask_prometheus("max(resbm_node_loss)"),
+                ask_prometheus("max(resbm_node_loss_nats)"),
                 ask_prometheus("max(rate(resbm_node_tokens_total[1m]))"),
             )
             say(

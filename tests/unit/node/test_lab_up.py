@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from node.errors import ConfigInvalid
+from node.lab import up
 from node.lab.up import port_of
+
+METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def refusal(*arguments: str, **environment: str) -> list[str]:
@@ -28,6 +32,14 @@ def refusal(*arguments: str, **environment: str) -> list[str]:
     cause, remedy = done.stderr.splitlines()
     assert remedy.startswith("  remedy: ")
     return [cause, remedy.removeprefix("  remedy: ")]
+
+
+def test_what_it_asks_prometheus_for_is_exported() -> None:
+    """It says how far the run is; a metric with another name would only make it silent."""
+    asked = set(re.findall(r"resbm_node_\w+", Path(up.__file__).read_text()))
+    documented = set(re.findall(r"resbm_node_\w+", METRICS.read_text()))  # a test holds that page to what is exported
+    assert asked
+    assert asked <= documented
 
 
 def free_port() -> str:
