@@ -51,8 +51,14 @@ def round_trip(source: Path, target: Path) -> None:
 
     for system, (color, label) in STYLES.items():
         _line(axes, _points(measured, system, "round_trip_ms", at_reference), color, label)
-    inside = _points(measured, "ours", "round_trip_ms", at_reference, _steady_speed)
-    axes.plot(*inside, color=BLUE, linestyle="--", marker=".", label="ours inside steps")
+    full = [m for m in measured if m["steady_microbatches"]]
+    axes.plot(
+        *_points(full, "ours", "round_trip_ms", at_reference, _steady_speed),
+        color=BLUE,
+        linestyle="--",
+        marker=".",
+        label="ours inside steps",
+    )
     axes.set(xlabel="round trip between two peers, ms", ylabel="tokens/s", title=f"{REFERENCE_MBIT:g} Mbit/s")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
@@ -85,9 +91,9 @@ def _speed(m: Measurement) -> float:
 
 
 def _steady_speed(m: Measurement) -> float:
-    """Between the first and the last microbatch that came back in each step."""
-    gaps = m["steps"] * (m["microbatches_per_step"] - 1)
-    return float(m["tokens"] / (m["steps"] * m["microbatches_per_step"]) * gaps / m["steady_seconds"])
+    """Between the fill and the drain of each step."""
+    tokens_per_microbatch = m["tokens"] / (m["steps"] * m["microbatches_per_step"])
+    return float(tokens_per_microbatch * m["steady_microbatches"] / m["steady_seconds"])
 
 
 def _limits(axes: Any, measured: list[Measurement]) -> None:

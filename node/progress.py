@@ -19,6 +19,7 @@ class StageTotals:
     microbatches: int = 0
     seconds: float = 0.0
     steady_seconds: float = 0.0
+    steady_microbatches: int = 0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     dense_bytes: int = 0
@@ -33,6 +34,7 @@ class StageTotals:
             microbatches=self.microbatches + step.microbatches,
             seconds=self.seconds + step.seconds,
             steady_seconds=self.steady_seconds + step.steady_seconds,
+            steady_microbatches=self.steady_microbatches + step.steady_microbatches,
             compute_seconds=self.compute_seconds + step.compute_seconds,
             wait_seconds=self.wait_seconds + step.wait_seconds,
             dense_bytes=self.dense_bytes + (link.dense_bytes if link else 0),

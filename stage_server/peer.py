@@ -37,7 +37,7 @@ from stage_server.reports import (
 )
 from stage_server.totals import Replays, Result, Totals
 from stage_server.trainer import Direction, StageTrainer
-from stage_server.window import CreditWindow
+from stage_server.window import CreditWindow, Pace, PaceMeter
 from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
 
 REDIAL_FIRST = timedelta(milliseconds=50)
@@ -216,6 +216,8 @@ class StagePeer:
                 self._replays.forwarded(name)
                 if name.kind is MicrobatchKind.EVALUATE:
                     self._count_finished(name)
+                if name.kind is MicrobatchKind.TRAIN:
+                    self._clock.forwarded()
                 if self.ledger.is_first and name.kind is MicrobatchKind.TRAIN:
                     self._sent_at[name] = time.monotonic()
                 return self._note_evaluation(name, self.ledger.forwarded(name, outcome))
@@ -234,7 +236,7 @@ class StagePeer:
     def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Outbound]:
         self._count_finished(name)
         if name.kind is MicrobatchKind.TRAIN:
-            self._clock.microbatch_done()
+            self._clock.done()
         return self._note_evaluation(name, self.ledger.finished(name, loss, body))
 
     def _count_finished(self, name: MicrobatchId) -> None:
@@ -247,7 +249,7 @@ class StagePeer:
         self.ledger.committed_step(step)
         self._window.step_ended()
         self._report_to_neighbours()
-        wall, steady, compute, wait, link = self._clock.lap()
+        wall, pace, compute, wait, link = self._clock.lap()
         plan = self.ledger.plan
         self._report(
             StepReport(
@@ -256,7 +258,7 @@ class StagePeer:
                 num_tokens=plan.microbatches_per_step * self._wire.batch * self._wire.tokens,
                 num_microbatches=plan.microbatches_per_step,
                 wall=wall,
-                steady=steady,
+                pace=pace,
                 compute=compute,
                 wait=wait,
                 gradient_norm=outcome.gradient_norm,
@@ -434,8 +436,7 @@ class _StepClock:
         self._totals = totals
         self._lap_started = time.monotonic()
         self._before = (0.0, 0.0, totals.link())
-        self._first_done: float | None = None
-        self._last_done = self._lap_started
+        self._pace = PaceMeter()
 
     def computing(self) -> _Span:
         return _Span(self._totals, "compute_seconds")
@@ -443,27 +444,29 @@ class _StepClock:
     def waiting(self) -> _Span:
         return _Span(self._totals, "wait_seconds")
 
-    def microbatch_done(self) -> None:
-        self._last_done = time.monotonic()
-        if self._first_done is None:
-            self._first_done = self._last_done
+    def forwarded(self) -> None:
+        """A training microbatch is computed forward."""
+        self._pace.forwarded()
 
-    def lap(self) -> tuple[timedelta, timedelta, timedelta, timedelta, LinkBytes]:
-        """(wall, from the first microbatch done to the last, compute, wait, link traffic) since the lap before."""
+    def done(self) -> None:
+        """A training microbatch is done."""
+        self._pace.done(time.monotonic())
+
+    def lap(self) -> tuple[timedelta, Pace, timedelta, timedelta, LinkBytes]:
+        """(wall, pace, compute, wait, link traffic) since the lap before."""
         now, totals, link = time.monotonic(), self._totals, self._totals.link()
         compute, wait, before = self._before
         self._before = (totals.compute_seconds, totals.wait_seconds, link)
         wall = timedelta(seconds=now - self._lap_started)
         self._lap_started = now
-        steady = timedelta(seconds=0.0 if self._first_done is None else self._last_done - self._first_done)
-        self._first_done = None
+        pace, self._pace = self._pace.pace, PaceMeter()
         traffic = LinkBytes(
             link.dense_bytes - before.dense_bytes,
             link.wire_bytes_forward - before.wire_bytes_forward,
             link.wire_bytes_backward - before.wire_bytes_backward,
         )
         seconds = timedelta(seconds=totals.compute_seconds - compute), timedelta(seconds=totals.wait_seconds - wait)
-        return wall, steady, *seconds, traffic
+        return wall, pace, *seconds, traffic
 
 
 class _Span:

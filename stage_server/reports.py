@@ -11,6 +11,7 @@ from stage_server.ids import StepIndex
 from stage_server.ledger import Side
 from stage_server.profile import WorkTimes
 from stage_server.trainer import MemoryReport
+from stage_server.window import NO_PACE, Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class StepReport:
     gradient_norm: float
     link: LinkBytes | None
     work: WorkTimes  # since the commit before
-    steady: timedelta = timedelta()  # of `wall`, from the first microbatch done to the last: the pipeline was full
+    pace: Pace = NO_PACE  # inside the step
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,44 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 
 _INTERVALS = 64  # completions over which the pace is measured
 _ENOUGH = 4  # intervals, before they are believed
 _SLACK = 1.25  # times the exact need: computing times vary, and a pipe that runs dry costs more than a short queue
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Completions between the fill and the drain of a step; none where all of a step was in flight at once."""
+
+    microbatches: int = 0
+    seconds: float = 0.0
+
+
+NO_PACE = Pace()
+
+
+class PaceMeter:
+    """Measures the pace inside one step: from the first microbatch done, when the pipeline is full, to the last one
+    done before this stage has nothing more to compute forward, when it begins to drain."""
+
+    def __init__(self) -> None:
+        self.pace = NO_PACE
+        self._first_at: float | None = None
+        self._now = NO_PACE
+
+    def forwarded(self) -> None:
+        """A microbatch is computed forward: the pipeline was full until now."""
+        self.pace = self._now
+
+    def done(self, at: float) -> None:
+        """A microbatch is done, at so many seconds of a monotonic clock."""
+        if self._first_at is None:
+            self._first_at = at
+        else:
+            self._now = Pace(self._now.microbatches + 1, at - self._first_at)
 
 
 class CreditWindow:

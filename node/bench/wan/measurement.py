@@ -45,7 +45,8 @@ class Measurement:
     steps: int
     seconds: float
     tokens: float
-    steady_seconds: float  # of the first stage: within steps, from the first microbatch done to the last
+    steady_seconds: float  # of the first stage: with the pipeline full, neither filling nor draining
+    steady_microbatches: int  # done meanwhile; 0 where all of a step was in flight at once
     stages: Sequence[StageLoad]
     shaping: str  # mechanism at work
     estimated: bool = False
@@ -55,15 +56,17 @@ class Measurement:
         return self.tokens / self.seconds
 
     @property
-    def steady_tokens_per_second(self) -> float:
-        """Inside steps, without the fill and the flush: the pace from the first microbatch back to the last."""
-        gaps = self.steps * (self.microbatches_per_step - 1)
-        return self.tokens / (self.steps * self.microbatches_per_step) * gaps / self.steady_seconds
+    def steady_tokens_per_second(self) -> float | None:
+        """Inside steps, between the fill and the drain; None where there is nothing in between."""
+        if not self.steady_microbatches:
+            return None
+        tokens_per_microbatch = self.tokens / (self.steps * self.microbatches_per_step)
+        return tokens_per_microbatch * self.steady_microbatches / self.steady_seconds
 
     @property
-    def flush_share(self) -> float:
-        """Share of a step in which the pipeline fills, drains and commits, beyond the steady pace."""
-        return 1.0 - self.tokens_per_second / self.steady_tokens_per_second
+    def step_seconds(self) -> float:
+        """Of one step, on average."""
+        return self.seconds / self.steps
 
     @property
     def efficiency(self) -> float:
@@ -141,6 +144,7 @@ def between(
         after.at - before.at,
         steps * tokens_per_step if bytes_per_token is None else received / bytes_per_token,
         stages[0].steady_seconds,
+        stages[0].steady_microbatches,
         [
             StageLoad(stage.compute_seconds, interface.tx_bytes, interface.rx_bytes, up_bytes, down_bytes)
             for stage, interface, (up_bytes, down_bytes) in zip(stages, interfaces, _frame_bytes(stages), strict=True)
@@ -160,6 +164,7 @@ def _difference(after: StageTotals, before: StageTotals) -> StageTotals:
         microbatches=after.microbatches - before.microbatches,
         seconds=after.seconds - before.seconds,
         steady_seconds=after.steady_seconds - before.steady_seconds,
+        steady_microbatches=after.steady_microbatches - before.steady_microbatches,
         compute_seconds=after.compute_seconds - before.compute_seconds,
         wire_bytes_forward=after.wire_bytes_forward - before.wire_bytes_forward,
         wire_bytes_backward=after.wire_bytes_backward - before.wire_bytes_backward,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from node.bench.common import Table
 from node.bench.wan.limits import PAPER_DENSE_RATIO, link_limit
 from node.bench.wan.measurement import Measurement
-from node.bench.wan.plan import CALM, LATENCY_MS, Point, System
+from node.bench.wan.plan import CALM, LATENCY_MS, REFERENCE_MBIT, Point, System
 from node.bench.wan.run import Findings
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ def summary_of(findings: Findings) -> dict[str, Any]:
     dense = at_equivalent(findings, System.DENSE)
     ours = at_equivalent(findings, System.OURS)
     torch = at_equivalent(findings, System.TORCH)
+    pair = _latency_pair(findings)
     return {
         "equivalent_mbit": findings.equivalent_mbit,
         "dense_over_unshaped": _ratio(dense, findings.speed(System.DENSE, CALM)),
         "shaped_over_unshaped": pair_ratio(findings),
         "ours_over_dense": _ratio(ours, dense),
         "ours_over_torch": _ratio(ours, torch),
-        "latency_100ms_ratio": _latency_ratio(findings, lambda m: m.steady_tokens_per_second),
-        "latency_100ms_step_ratio": _latency_ratio(findings, lambda m: m.tokens_per_second),
+        "latency_100ms_ratio": _inside(pair),
+        "latency_100ms_step_ratio": _ratio(pair[1], pair[0]) if pair else None,
     }
 
 
@@ -51,20 +53,21 @@ def _ratio(over: Measurement | None, under: Measurement | None) -> float | None:
     return over.tokens_per_second / under.tokens_per_second if over and under else None
 
 
-def _latency_ratio(findings: Findings, speed: Callable[[Measurement], float]) -> float | None:
-    pair = _latency_pair(findings)
-    return speed(pair[1]) / speed(pair[0]) if pair else None
+def _inside(pair: tuple[Measurement, Measurement] | None) -> float | None:
+    """Pace inside steps at 100 ms / without delay; None where one of them is never between fill and drain."""
+    near, far = (m.steady_tokens_per_second for m in pair) if pair else (None, None)
+    return far / near if near and far else None
 
 
 def _latency_pair(findings: Findings) -> tuple[Measurement, Measurement] | None:
     """Ours at the bandwidth nearest to the paper's, without delay and at 100 ms."""
-    for far in findings.measurements:
-        point = far.point
-        if far.system is System.OURS and point.round_trip_ms == LATENCY_MS and not point.loss:
-            near = findings.speed(System.OURS, Point(point.rate_mbit))
-            if near is not None and not near.estimated and not far.estimated:
-                return near, far
-    return None
+    pairs = [
+        (near, far)
+        for far in findings.measurements
+        if far.system is System.OURS and far.point.round_trip_ms == LATENCY_MS and not far.point.loss
+        if (near := findings.speed(System.OURS, Point(far.point.rate_mbit))) and not near.estimated | far.estimated
+    ]
+    return min(pairs, key=lambda pair: abs((pair[1].point.rate_mbit or math.inf) - REFERENCE_MBIT), default=None)
 
 
 def tables_of(findings: Findings, config: RunConfig) -> list[Table]:
@@ -201,19 +204,22 @@ def _latency(findings: Findings) -> Table:
         pairs.append(own)
     rows = []
     for near, far in sorted(pairs, key=lambda pair: pair[0].microbatches_per_step):
-        inside = far.steady_tokens_per_second / near.steady_tokens_per_second
+        inside, whole = _inside((near, far)), far.tokens_per_second / near.tokens_per_second
+        extra = far.step_seconds - near.step_seconds
         rows.append(
             [
                 str(near.microbatches_per_step),
-                f"{inside:.3f}",
-                f"{far.tokens_per_second / near.tokens_per_second:.3f}",
-                f"{100 * near.flush_share:.1f} %",
-                f"{100 * far.flush_share:.1f} %",
-                f"{far.seconds / far.steps * far.flush_share:.2f} s",
+                NOTHING if inside is None else f"{inside:.3f}",
+                f"{whole:.3f}",
+                f"{near.step_seconds:.2f} s",
+                f"{far.step_seconds:.2f} s",
+                f"{extra:.2f} s",
+                f"{100 * extra / far.step_seconds:.1f} %",
             ]
         )
     link = f" at {pairs[0][1].point.rate_text}" if pairs else ""
-    columns = ["microbatches a step", "inside steps", "whole steps", "flush at 0 ms", "flush at 100 ms", "it lasts"]
+    columns = ["microbatches a step", "speed inside steps", "whole steps", "a step at 0 ms", "a step at 100 ms"]
+    columns += ["longer by", "share of the step"]
     return Table(f"ours at {LATENCY_MS:g} ms a link against 0 ms{link}", columns, rows)
 
 

@@ -63,7 +63,6 @@ class TimedStage(PipelineStage):
     """Knows how long it has computed."""
 
     compute_seconds = 0.0
-    first_done = last_done = 0.0
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -72,15 +71,12 @@ class TimedStage(PipelineStage):
         finally:
             self.compute_seconds += time.perf_counter() - started
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            return super().backward_one_chunk(*args, **kwargs)
         finally:
-            self.last_done = time.perf_counter()
-            self.compute_seconds += self.last_done - started
-            if bwd_chunk_id == 0:
-                self.first_done = self.last_done
+            self.compute_seconds += time.perf_counter() - started
 
 
 def interface_of(address: str) -> str:
@@ -128,7 +124,6 @@ class Rank:
             loss=float(torch.stack(losses).mean()) if losses else None,
             tokens=plan.microbatches_per_step * plan.batch * plan.tokens,
             seconds=done - started,
-            steady_seconds=self._stage.last_done - self._stage.first_done,
             microbatches=plan.microbatches_per_step,
             compute_seconds=computed,
             wait_seconds=max(0.0, done - started - computed),

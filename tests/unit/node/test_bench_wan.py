@@ -140,7 +140,8 @@ def cut(at: float, steps: int, *, mbytes: float) -> Cut:
     wire = int(mbytes * 1e6 * steps)
     totals = StageTotals(
         seconds=at,
-        steady_seconds=0.7 * steps,
+        steady_seconds=0.5 * steps,
+        steady_microbatches=5 * steps,
         compute_seconds=0.5 * steps,
         wire_bytes_forward=wire,
         wire_bytes_backward=2 * wire,
@@ -158,8 +159,8 @@ def measured(system: System = System.OURS, point: Point = CALM, step_seconds: fl
 def test_rates_and_shares_are_those_of_whole_steps() -> None:
     m = measured(point=Point(80.0))
     assert m.tokens_per_second == 800
-    assert m.steady_tokens_per_second == pytest.approx(100 * 7 / 0.7)
-    assert m.flush_share == pytest.approx(0.2)
+    assert m.steady_tokens_per_second == pytest.approx(100 * 5 / 0.5)
+    assert m.step_seconds == 1.0
     assert m.efficiency == 0.5
     assert m.stages[0].up_bytes == m.stages[1].down_bytes == 4_000_000
     assert m.counted_bytes == 12_000_000 and m.interface_bytes == pytest.approx(13_200_000)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.pipeline_simulation import History, Pipeline, simulate
 
-from stage_server.window import CreditWindow
+from stage_server.window import NO_PACE, CreditWindow, Pace, PaceMeter
 
 
 class Feed:
@@ -99,6 +99,31 @@ def test_it_is_never_less_than_the_number_of_stages_and_always_finite(
         else:
             feed.completions(round_trip, interval, times=1)
         assert num_stages <= feed.window.size <= 1.25 * 1e5 / 1e-3 + num_stages + 1
+
+
+# -- the pace inside a step ---------------------------------------------------------------------------------------
+
+
+def test_the_pace_is_that_between_the_fill_and_the_drain() -> None:
+    """Three in flight: one is done every second while there are more, then all at once."""
+    meter = PaceMeter()
+    for _ in range(3):
+        meter.forwarded()
+    for at in (10.0, 11.0, 12.0):
+        meter.done(at)
+        meter.forwarded()
+    for _ in range(3):
+        meter.done(12.1)
+    assert meter.pace == Pace(microbatches=2, seconds=2.0)
+
+
+def test_a_step_that_is_in_flight_as_a_whole_has_no_pace() -> None:
+    meter = PaceMeter()
+    meter.forwarded()
+    meter.forwarded()
+    meter.done(1.0)
+    meter.done(2.0)
+    assert meter.pace == NO_PACE
 
 
 # -- what it is for: a whole pipeline in virtual time -------------------------------------------------------------
