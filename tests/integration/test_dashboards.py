@@ -11,12 +11,12 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
-from drawing.panels import Board
+from drawing.panels import Board, Target
 from drawing.queries import NoData, Prometheus, QueryFailed, Span
 from support.nodes import NodeProcess, leave_all
 
@@ -109,6 +109,11 @@ def test_every_panel_has_something_to_show(prometheus: str, swarm: TrainingSwarm
     while left := failures(prometheus):
         assert time.monotonic() < deadline, left
         time.sleep(1)
+
+    panel, span, server = BOARDS[0].panels[0], Span(time.time() - 10, time.time(), 1), Prometheus(prometheus, {})
+    for expr, error in (("sum(", QueryFailed), ("resbm_node_no_such_thing", NoData), ("resbm_node_step * NaN", NoData)):
+        with pytest.raises(error, match=r"parse error|nothing for"):
+            server.ask(replace(panel, targets=(Target("A", expr, "", instant=False),)), span)
 
     with urllib.request.urlopen(f"{prometheus}/api/v1/rules", timeout=10) as reply:
         rules = [rule for group in json.load(reply)["data"]["groups"] for rule in group["rules"]]

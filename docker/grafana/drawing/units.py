@@ -27,7 +27,7 @@ def written(value: float, unit: str, decimals: int | None = None) -> str:
     if unit == "percentunit":
         return f"{_digits(100 * value, decimals)} %"
     scales, ending = _UNITS.get(unit, ((), ""))
-    scale, name = next((pair for pair in scales if abs(value) >= pair[0]), (1.0, ""))
+    scale, name = next((pair for pair in scales if abs(value) >= pair[0]), (1.0, unit if unit == "s" else ""))
     text = f"{_digits(value / scale, decimals)} {name}{ending}"
     return text.rstrip()
 
