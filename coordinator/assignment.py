@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.directory import DirectorySnapshot, PeerEntry
 from coordinator.errors import NoStageFree, StageUnavailable
+from coordinator.newcomers import Newcomers, is_fresh
+from coordinator.placement import StageCosts, gap_widths, neediest, scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +17,34 @@ class MachineProfile:
 
     peer_id: str
     throughput: float
-    """Microbatches per second that it can serve, measured."""
+    """Microbatches per second that it can serve, measured on a stage like most."""
     fits: tuple[bool, ...]
     """By stage: whether the machine has the memory for it."""
+    stage_rates: tuple[float, ...] = ()
+    """By stage, what it can serve (`StageCosts.rates`); empty where that is `throughput` everywhere."""
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """By stage, microbatches per second; 0 where it does not fit."""
+        rates = self.stage_rates or (self.throughput,) * len(self.fits)
+        return tuple(rate if fits else 0.0 for rate, fits in zip(rates, self.fits, strict=True))
+
+    @classmethod
+    def measured(
+        cls,
+        peer_id: str,
+        costs: StageCosts,
+        throughput: float,
+        *,
+        at: int,
+        link_bytes_per_second: float = 0.0,
+        available_bytes: float = float("inf"),
+    ) -> MachineProfile:
+        """Of one measured stage `at`; the others follow from their costs."""
+        rates = costs.rates(
+            throughput, at=at, link_bytes_per_second=link_bytes_per_second, available_bytes=available_bytes
+        )
+        return cls(peer_id, throughput, tuple(rate > 0 for rate in rates), rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +58,32 @@ class Assignment:
 
 
 def choose_stage(
-    snapshot: DirectorySnapshot, machine: MachineProfile, *, now: float, max_replicas: int = 1
+    snapshot: DirectorySnapshot,
+    machine: MachineProfile,
+    *,
+    now: float,
+    max_replicas: int | None = 1,
+    costs: StageCosts | None = None,
 ) -> Assignment:
     """The stage that this machine helps most.
 
     Its own place if it still holds one; else an uncovered stage, in the widest gap, where peers that choose at the same
     moment scatter by their ids; else the stage whose service lifts the swarm's bottleneck throughput most.
 
+    Args:
+        max_replicas: None for any number.
+        costs: what tells others' rates at stages other than theirs; None where stages are alike.
+
     Raises:
         NoStageFree: every stage that fits the machine has `max_replicas` peers.
     """
     own = own_place(snapshot, machine.peer_id, now)
+    if own is not None and max_replicas is None and is_fresh(own, now):
+        own = None  # a claim just made may be one that has to give way
     if own is not None and machine.fits[own.stage]:
         return Assignment(own.stage, f"{_of(own.stage, snapshot)}: this peer's own place", own)
+    if max_replicas is None:
+        return _choose_neediest(snapshot, machine, costs or StageCosts.alike(snapshot.num_stages), now)
     holders = [holders_of(snapshot, stage, now) for stage in range(snapshot.num_stages)]
     fitting = [s for s in range(snapshot.num_stages) if machine.fits[s] and len(holders[s]) < max_replicas]
     if not fitting:
@@ -57,7 +96,7 @@ def choose_stage(
 
 
 def check_stage(
-    snapshot: DirectorySnapshot, machine: MachineProfile, stage: int, *, now: float, max_replicas: int = 1
+    snapshot: DirectorySnapshot, machine: MachineProfile, stage: int, *, now: float, max_replicas: int | None = 1
 ) -> Assignment:
     """The stage that a person asked for.
 
@@ -72,7 +111,7 @@ def check_stage(
     if own is not None and own.stage == stage:
         return Assignment(stage, f"{_of(stage, snapshot)}: asked for, and this peer's own place", own)
     others = [entry for entry in holders_of(snapshot, stage, now) if entry.peer_id != machine.peer_id]
-    if len(others) >= max_replicas:
+    if max_replicas is not None and len(others) >= max_replicas:
         raise StageUnavailable(f"stage {stage} is served by {others[0].peer_id}")
     return Assignment(stage, f"{_of(stage, snapshot)}: asked for")
 
@@ -90,7 +129,7 @@ def own_place(snapshot: DirectorySnapshot, peer_id: str, now: float) -> PeerEntr
 
 
 def resolve_reservation(
-    snapshot: DirectorySnapshot, peer_id: str, stage: int, *, now: float, max_replicas: int = 1
+    snapshot: DirectorySnapshot, peer_id: str, stage: int, *, now: float, max_replicas: int | None = 1
 ) -> bool:
     """Whether the peer is among the rightful holders of the stage. Every reader of the same records agrees.
 
@@ -99,17 +138,46 @@ def resolve_reservation(
     return peer_id in [entry.peer_id for entry in holders_of(snapshot, stage, now)[:max_replicas]]
 
 
+def reconsider(
+    snapshot: DirectorySnapshot, machine: MachineProfile, *, now: float, costs: StageCosts | None = None
+) -> Assignment | None:
+    """A better place for a machine that has just claimed one, now that it sees who else has; None where it may stay.
+
+    Where any number may hold a stage, this takes the place of a limit: of many that join at once and choose the same
+    stage, as many stay as it needs, and everyone computes alike who goes where.
+    """
+    costs = costs or StageCosts.alike(snapshot.num_stages)
+    newcomers = Newcomers.of(snapshot, now=now)
+    stage = newcomers.share_of(machine.peer_id, machine.rates, costs)
+    own = own_place(snapshot, machine.peer_id, now)
+    if stage is None or own is None or own.stage == stage:
+        return None
+    return _helping(stage, snapshot, machine, newcomers.rates_before(machine.peer_id, costs))
+
+
+def _choose_neediest(snapshot: DirectorySnapshot, machine: MachineProfile, costs: StageCosts, now: float) -> Assignment:
+    """Without a limit of replicas. Those who claim at this moment are taken to share the stages well."""
+    rates = Newcomers.of(snapshot, now=now).rates_before(machine.peer_id, costs)
+    stage = neediest(rates, machine.rates, machine.peer_id)
+    if stage is None:
+        raise NoStageFree(f"none of the {snapshot.num_stages} stages fits into this machine's memory")
+    return _helping(stage, snapshot, machine, rates)
+
+
+def _helping(stage: int, snapshot: DirectorySnapshot, machine: MachineProfile, rates: Sequence[float]) -> Assignment:
+    if rates[stage] == 0:
+        return Assignment(stage, _why_uncovered(stage, snapshot, rates.count(0.0) - 1))
+    lifted = [rate + machine.rates[stage] * (s == stage) for s, rate in enumerate(rates)]
+    return Assignment(stage, _why_slowest(stage, snapshot, min(rates), min(lifted)))
+
+
 def _choose_uncovered(
     snapshot: DirectorySnapshot, peer_id: str, candidates: Sequence[int], uncovered: Sequence[int]
 ) -> Assignment:
-    widest = max(_gap_width(stage, uncovered) for stage in candidates)
-    stage = max(
-        (stage for stage in candidates if _gap_width(stage, uncovered) == widest),
-        key=lambda stage: hashlib.sha256(f"{peer_id}/{stage}".encode()).digest(),
-    )
-    others = len(uncovered) - 1
-    rest = {0: "the only one", 1: "1 other uncovered"}.get(others, f"{others} others uncovered")
-    return Assignment(stage, f"{_of(stage, snapshot)}: uncovered, {rest}")
+    gaps = gap_widths([float(stage not in uncovered) for stage in range(snapshot.num_stages)])
+    widest = max(gaps[stage] for stage in candidates)
+    stage = max((stage for stage in candidates if gaps[stage] == widest), key=lambda stage: scatter(peer_id, stage))
+    return Assignment(stage, _why_uncovered(stage, snapshot, len(uncovered) - 1))
 
 
 def _choose_slowest(
@@ -121,21 +189,19 @@ def _choose_slowest(
     rates = [sum(entry.throughput for entry in peers) for peers in holders]
 
     def bottleneck_with(stage: int) -> float:
-        return min(rate + machine.throughput * (s == stage) for s, rate in enumerate(rates))
+        return min(rate + machine.rates[stage] * (s == stage) for s, rate in enumerate(rates))
 
     stage = max(candidates, key=lambda stage: (bottleneck_with(stage), -rates[stage], -stage))
-    before, after = min(rates), bottleneck_with(stage)
-    return Assignment(stage, f"{_of(stage, snapshot)}: bottleneck {before:.3g} → {after:.3g} microbatches/s")
+    return Assignment(stage, _why_slowest(stage, snapshot, min(rates), bottleneck_with(stage)))
 
 
-def _gap_width(stage: int, uncovered: Sequence[int]) -> int:
-    """Number of neighbouring stages around this one that nobody serves, itself included."""
-    first = last = stage
-    while first - 1 in uncovered:
-        first -= 1
-    while last + 1 in uncovered:
-        last += 1
-    return last - first + 1
+def _why_uncovered(stage: int, snapshot: DirectorySnapshot, others: int) -> str:
+    rest = {0: "the only one", 1: "1 other uncovered"}.get(others, f"{others} others uncovered")
+    return f"{_of(stage, snapshot)}: uncovered, {rest}"
+
+
+def _why_slowest(stage: int, snapshot: DirectorySnapshot, before: float, after: float) -> str:
+    return f"{_of(stage, snapshot)}: bottleneck {before:.3g} → {after:.3g} microbatches/s"
 
 
 def _why_none(snapshot: DirectorySnapshot, machine: MachineProfile, holders: Sequence[Sequence[PeerEntry]]) -> str:

@@ -5,6 +5,9 @@ before its own was visible, and all apply the same rule (earliest claim, then sm
 that claim one stage at the same moment exactly one keeps it, as long as the wait is longer than a store takes plus the
 difference of their clocks. Where it was shorter, the peer with the worse claim finds out at its next look at the
 directory (`resolve_reservation`) and must give way.
+
+Where any number of peers may hold a stage, none has to give way. But many that join at the same moment may have chosen
+the same stage: those that another stage needs more go there before they load anything (`reconsider`).
 """
 
 from __future__ import annotations
@@ -17,12 +20,22 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
-from coordinator.assignment import Assignment, MachineProfile, check_stage, choose_stage, resolve_reservation
+from coordinator.assignment import (
+    Assignment,
+    MachineProfile,
+    check_stage,
+    choose_stage,
+    reconsider,
+    resolve_reservation,
+)
 from coordinator.directory import DirectorySnapshot
 from coordinator.errors import NoStageFree, StageUnavailable
+from coordinator.placement import StageCosts
 
 SETTLE_WAIT = timedelta(seconds=2)
 SETTLE_JITTER = timedelta(seconds=0.5)
+SECOND_THOUGHTS = 3
+"""How often a place is given up for a better one before anything is loaded. Rebalancing mends what is amiss then."""
 
 
 class Claims(Protocol):
@@ -51,7 +64,10 @@ class Rules:
 
     wanted: int | None = None
     """The stage that a person asked for; None means the one that helps most."""
-    max_replicas: int = 1
+    max_replicas: int | None = 1
+    """None: any number."""
+    costs: StageCosts | None = None
+    """How the stages differ, when they do."""
     wait: timedelta = SETTLE_WAIT
     jitter: timedelta = SETTLE_JITTER
     patience: timedelta = timedelta(0)
@@ -68,7 +84,7 @@ class Clockwork:
 
 
 async def settle(claims: Claims, machine: MachineProfile, rules: Rules, clock: Clockwork | None = None) -> Place:
-    """Ends holding a stage that nobody else holds.
+    """Ends holding a stage that fewer than `max_replicas` others hold.
 
     Raises:
         NoStageFree: for `patience` no stage that fits this machine was free.
@@ -93,25 +109,31 @@ async def settle(claims: Claims, machine: MachineProfile, rules: Rules, clock: C
 
 def _choose(snapshot: DirectorySnapshot, machine: MachineProfile, rules: Rules, now: float) -> Assignment:
     if rules.wanted is None:
-        return choose_stage(snapshot, machine, now=now, max_replicas=rules.max_replicas)
+        return choose_stage(snapshot, machine, now=now, max_replicas=rules.max_replicas, costs=rules.costs)
     return check_stage(snapshot, machine, rules.wanted, now=now, max_replicas=rules.max_replicas)
 
 
 async def _claim(
     claims: Claims, machine: MachineProfile, assignment: Assignment, rules: Rules, clock: Clockwork
 ) -> Place | None:
-    """Publishes the claim and keeps it or takes it back, as the others' claims demand."""
+    """Publishes the claim and keeps it, changes it or takes it back, as the others' claims demand."""
     own = assignment.own_place
     reserved_at = clock.now() if own is None else own.reserved_at
-    await claims.claim(assignment.stage, reserved_at)
-    await _pause(rules, clock)
-    snapshot = await claims.snapshot()
-    if resolve_reservation(
-        snapshot, machine.peer_id, assignment.stage, now=clock.now(), max_replicas=rules.max_replicas
-    ):
-        return Place(assignment.stage, assignment.reason, reserved_at)
-    await claims.release(assignment.stage)
-    return None
+    second_thoughts = SECOND_THOUGHTS if own is None and rules.wanted is None and rules.max_replicas is None else 0
+    while True:
+        await claims.claim(assignment.stage, reserved_at)
+        await _pause(rules, clock)
+        snapshot, now = await claims.snapshot(), clock.now()
+        if not resolve_reservation(
+            snapshot, machine.peer_id, assignment.stage, now=now, max_replicas=rules.max_replicas
+        ):
+            await claims.release(assignment.stage)
+            return None
+        better = reconsider(snapshot, machine, now=now, costs=rules.costs) if second_thoughts else None
+        if better is None:
+            return Place(assignment.stage, assignment.reason, reserved_at)
+        await claims.release(assignment.stage)
+        assignment, second_thoughts = better, second_thoughts - 1
 
 
 async def _pause(rules: Rules, clock: Clockwork) -> None:

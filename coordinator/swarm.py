@@ -220,7 +220,7 @@ class Swarm:
         Raises:
             NoStageFree, StageUnavailable, DirectoryLost
         """
-        return await settle(_SwarmClaims(self, entry, num_stages), machine, rules)
+        return await settle(_SwarmClaims(self, entry, machine, num_stages), machine, rules)
 
     async def _withdraw(self, keys: set[str]) -> None:
         # Records cannot be deleted, only covered by one that expires later.
@@ -247,13 +247,16 @@ class _SwarmClaims:
 
     swarm: Swarm
     entry: PeerEntry
+    machine: MachineProfile
     num_stages: int
 
     async def snapshot(self) -> DirectorySnapshot:
         return await self.swarm.snapshot(self.entry.run_id, self.num_stages)
 
     async def claim(self, stage: int, reserved_at: float) -> None:
-        await self.swarm.publish_peer(replace(self.entry, stage=stage, reserved_at=reserved_at, state=RESERVED))
+        rate = self.machine.rates[stage]
+        claim = replace(self.entry, stage=stage, throughput=rate, reserved_at=reserved_at, state=RESERVED)
+        await self.swarm.publish_peer(claim)
 
     async def release(self, stage: int) -> None:
         await self.swarm.withdraw_peer()
