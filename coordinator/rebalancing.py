@@ -17,7 +17,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 from coordinator.assignment import MachineProfile
@@ -178,7 +178,6 @@ class _Swarm:
     num_awaited: list[int]
     """By stage, the reservations that may still be taken back."""
     num_peers: int = 0
-    _named: set[str] = field(default_factory=set)
 
     @classmethod
     def of(

@@ -18,6 +18,7 @@ from node.bench.codec import codec
 from node.bench.convergence import convergence
 from node.bench.local import local
 from node.bench.overhead import overhead
+from node.bench.placement import placement
 from node.bench.wan.command import wan
 from node.bench.wire import wire
 from node.commands.coordinator import coordinator
@@ -54,7 +55,7 @@ def build_app() -> typer.Typer:
         epilog="Start here: resbm-node bench codec --quick.",
         no_args_is_help=True,
     )
-    for benchmark in (codec, wire, local, convergence, overhead, wan):
+    for benchmark in (codec, wire, local, convergence, overhead, wan, placement):
         bench.command(benchmark.__name__)(guarded(benchmark))
     app.add_typer(bench, name="bench")
     return app
