@@ -37,7 +37,7 @@ def placement(
         typer.Option(min=0, help="Peers that go an hour, for each that is there.", show_default="0, 0.5, 2"),
     ] = None,
     minutes: Annotated[
-        int | None, typer.Option(min=1, help="Simulated time after all have joined.", show_default="75; large: 10")
+        int | None, typer.Option(min=1, help="Simulated time after all have joined.", show_default="75; large: 5")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Histories of each.", show_default="5; large: 1")] = None,
     quick: Quick = False,
@@ -74,12 +74,12 @@ class Case:
         from node.bench.swarm_simulation import Scenario
 
         large = self.peers >= LARGE
-        seconds = 60.0 * (self.minutes or (10 if large else 75))
+        seconds = 60.0 * (self.minutes or (5 if large else 75))
         return [
             Scenario(
                 self.peers,
                 self.stages,
-                seconds=(300.0 if large else STEADY_AFTER) + seconds,
+                seconds=self.since + seconds,
                 seed=seed,
                 deaths_per_peer_hour=self.churn / 2,
                 leaves_per_peer_hour=self.churn / 2,
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def since(self) -> float:
-        return 300.0 if self.peers >= LARGE else STEADY_AFTER
+        return 120.0 if self.peers >= LARGE else STEADY_AFTER
 
 
 @dataclass(frozen=True, slots=True)
