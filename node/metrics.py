@@ -144,7 +144,7 @@ class WorkerMetrics:
         self._round_trip = self._gauge("link_round_trip_seconds", text, "side")
         text = "Least TCP round trip to that neighbour in the last minutes."
         self._least_round_trip = self._gauge("link_least_round_trip_seconds", text, "side")
-        text = "Rate at which TCP delivered what was sent to that neighbour, newest good sample."
+        text = "Rate at which TCP delivered what was sent to that neighbour: a lower bound unless the link was full."
         self._rate = self._gauge("link_rate_bytes_per_second", text, "side")
         busy = self._counter("link_busy_seconds", "Time in which bytes for that neighbour were under way.", "side")
         lost = self._counter("link_retransmits", "TCP segments that were sent to that neighbour again.", "side")

@@ -29,7 +29,7 @@ class LinkQuality:
 
     round_trip_seconds: float  # smoothed, queues on the way included (tcpi_rtt)
     least_round_trip_seconds: float  # of the last five minutes (tcpi_min_rtt): queues were empty then
-    bytes_per_second: float  # delivery rate of the newest round trip that was filled (tcpi_delivery_rate); 0: none yet
+    bytes_per_second: float  # delivered (tcpi_delivery_rate): a lower bound unless the link was full; 0: none yet
     busy_seconds: float  # in which bytes were on the way or waited to be sent, since the connection opened
     retransmits: int  # segments, since the connection opened
     num_bytes: int  # acknowledged and received, since the connection opened

@@ -74,8 +74,9 @@ BOARD = Board(
                 Panel(
                     "graph",
                     "Link rate",
-                    "Rate at which TCP delivered what was sent to that neighbour: its newest sample that filled the "
-                    "link, or a faster one. A link that is never full shows what short bursts got.",
+                    "Rate at which TCP delivered what was sent to that neighbour. A lower bound: where frames are few "
+                    "and small it is one burst over one round trip, far below what the link could carry. Only a link "
+                    "that was full shows its rate.",
                     [Query(f"8 * resbm_node_link_rate_bytes_per_second{{{_ME}}}", _SIDE)],
                     unit="bps",
                     log_scale=True,

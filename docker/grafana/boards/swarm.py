@@ -20,14 +20,15 @@ BOARD = Board(
                     "graph",
                     "Throughput against bandwidth",
                     "Left: tokens trained per second. Right, on a logarithmic axis: what the slowest link between two "
-                    "stages delivers (TCP's own measurement), what the busiest one is asked to carry in one direction, "
-                    "and what it would have to carry with dense bf16 activations. Throughput depends on the links only "
-                    "where the second comes near the first; a dense pipeline would need the third.",
+                    "stages was seen to deliver (TCP's own measurement, a lower bound: a link that is never full never "
+                    "shows its rate), what the busiest one carries in one direction, and what it would have to carry "
+                    "with dense bf16 activations. While the second is far below the links' rate, throughput does not "
+                    "depend on them; a dense pipeline would need the third.",
                     [
                         Query(f"run:resbm_node_tokens:rate1m{_RUN}", "{{run}}: tokens/s"),
                         Query(
                             f"8 * run:resbm_node_link_rate_bytes_per_second:min{_RUN}",
-                            "slowest link delivers",
+                            "slowest link, at least",
                             (_BITS, "link"),
                         ),
                         Query(
