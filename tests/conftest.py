@@ -6,8 +6,12 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports grpc; with fork support on, forks hang
+
+settings.register_profile("resbm", deadline=None)  # no test asserts seconds, not even hypothesis'
+settings.load_profile("resbm")
 
 FORKING = "test_swarm.py"  # starts directories in this very process
 FORBIDDEN_SKIPS = frozenset(filter(None, os.environ.get("RESBM_FORBID_SKIP", "").split(",")))
