@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import figures_wan
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parent
@@ -43,3 +44,6 @@ def demo(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     demo(DOCS / "results" / "demo.jsonl", DOCS / "images" / "demo.png")
+    if (wan := DOCS / "results" / "bench-wan.json").exists():
+        figures_wan.bandwidth(wan, DOCS / "images" / "wan-bandwidth.png")
+        figures_wan.round_trip(wan, DOCS / "images" / "wan-round-trip.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 BLUE, GREY, RED, AMBER = "#2563eb", "#94a3b8", "#dc2626", "#d97706"
 STYLES = {
@@ -32,6 +33,9 @@ def bandwidth(source: Path, target: Path) -> None:
         _limits(axes, measured)
         axes.set(xscale="log", yscale="log", xlabel="Mbit/s, each up-link and down-link")
         axes.set_title(f"{delay:g} ms round trip between two peers")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     if rate := result["equivalent_mbit"]:
         near.axvline(rate, color=GREY, linestyle=":", linewidth=1)

@@ -71,8 +71,8 @@ FULL = Effort(
     settle_steps=3,
     settle_seconds=11.0,
     min_steps=2,
-    min_seconds=8.0,
-    patience_seconds=45.0,
+    min_seconds=6.0,
+    patience_seconds=32.0,
     crawl_seconds=12.0,
     pairs=3,
     bisections=3,
@@ -85,7 +85,7 @@ QUICK = Effort(
     patience_seconds=6.0,
     crawl_seconds=4.0,
     pairs=1,
-    bisections=1,
+    bisections=3,
 )
 
 

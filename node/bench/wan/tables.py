@@ -32,6 +32,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "ours_over_dense": _ratio(ours, dense),
         "ours_over_torch": _ratio(ours, torch),
         "latency_100ms_ratio": _inside(pair),
+        "core_per_100_mbit": cost_of_bytes(findings),
         "latency_100ms_step_ratio": _ratio(pair[1], pair[0]) if pair else None,
     }
 
@@ -68,6 +69,15 @@ def _latency_pair(findings: Findings) -> tuple[Measurement, Measurement] | None:
         if (near := findings.speed(System.OURS, Point(far.point.rate_mbit))) and not near.estimated | far.estimated
     ]
     return min(pairs, key=lambda pair: abs((pair[1].point.rate_mbit or math.inf) - REFERENCE_MBIT), default=None)
+
+
+def cost_of_bytes(findings: Findings) -> float | None:
+    """Cores for 100 Mbit/s: what the dense pipeline takes more than ours does for as many, but small, messages."""
+    costs = {cost.system: cost for cost in findings.transport}
+    dense, ours = costs.get(System.DENSE), costs.get(System.OURS)
+    if dense is None or ours is None or dense.mbit_per_second <= ours.mbit_per_second:
+        return None
+    return (dense.core_share - ours.core_share) / (dense.mbit_per_second - ours.mbit_per_second) * 100
 
 
 def tables_of(findings: Findings, config: RunConfig) -> list[Table]:
@@ -233,5 +243,7 @@ def _transport(findings: Findings) -> Table:
         ]
         for cost in findings.transport
     ]
+    if (of_bytes := cost_of_bytes(findings)) is not None:
+        rows = [*rows, ["bytes alone (dense - ours)", NOTHING, NOTHING, f"{100 * of_bytes:.1f} %"]]
     columns = ["system", "of one core, all workers", "Mbit/s sent and received by all", "of one core for 100 Mbit/s"]
     return Table("processor time outside torch: event loops, gRPC's threads, encoding", columns, rows)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from node.config import RunConfig
     from node.lab.namespaces import NamespaceLab
 
-LONG_ENOUGH_SECONDS = 20.0  # one whole step will do where steps are so slow
+LONG_ENOUGH_SECONDS = 10.0  # one whole step will do where steps are so slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,12 @@ class Visitor:
 
     async def _settle(self, *, farther: bool) -> None:
         """Until the step into which the change fell is over; after another round trip, until that is known to all."""
-        started = time.monotonic()
-        steps = 0
-        while steps < (self._effort.settle_steps if farther else 1) or (
-            farther and time.monotonic() - started < self._effort.settle_seconds
-        ):
+        follows = farther and self.system is not System.TORCH  # which has no window to adapt
+        until = time.monotonic() + (self._effort.settle_seconds if farther else 0.0)
+        steps_left = self._effort.settle_steps if follows else 1
+        while steps_left > 0 or time.monotonic() < until:
             await self._running.steps.next()
-            steps += 1
+            steps_left -= 1
 
     async def _crawl(self, point: Point) -> Measurement:
         """From bytes alone. What is still under way from faster links gets time to arrive."""

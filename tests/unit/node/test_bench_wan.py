@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from node.bench.wan import plan
 from node.bench.wan.limits import PAPER_DENSE_RATIO, is_equivalent, link_limit, next_rate
-from node.bench.wan.measurement import Cut, Measurement, between, received_per_token
+from node.bench.wan.measurement import Cut, Measurement, TransportCost, between, received_per_token
 from node.bench.wan.plan import CALM, Point, System
 from node.bench.wan.run import Findings, config_of
 from node.bench.wan.tables import summary_of, tables_of
@@ -222,6 +222,12 @@ def test_tables_tell_what_was_told_from_bytes() -> None:
     assert speed["1 Mbit/s", "0 ms"][4] == "≈ 33 (0.042)"
     assert speed["4 Mbit/s", "0 ms"][3] == "800 (1.000)"
     assert all("None" not in cell and "nan" not in cell for table in tables for row in table.rows for cell in row)
+
+
+def test_bytes_cost_what_the_dense_pipeline_takes_more() -> None:
+    found = Findings(transport=[TransportCost(System.DENSE, 0.14, 122.0), TransportCost(System.OURS, 0.09, 2.0)])
+    assert summary_of(found)["core_per_100_mbit"] == pytest.approx(0.05 / 1.2)
+    assert tables_of(found, preset("demo"))[-1].rows[-1][-1] == "4.2 %"
 
 
 def test_nothing_measured_is_no_table() -> None:
