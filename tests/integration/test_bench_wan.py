@@ -65,13 +65,12 @@ def test_two_dense_pipelines_on_shaped_links(tmp_path: Path) -> None:
     assert summary["equivalent_mbit"] > 0 and summary["dense_over_unshaped"] > 0
     measured = result["measurements"]["measurements"]
     assert {m["system"] for m in measured} == {"dense", "torch"}
-    for m in (m for m in measured if not m["estimated"]):
+    for m in (m for m in measured if m["point"]["rate_mbit"] is None):
         payload = sum(stage["up_bytes"] for stage in m["stages"])
         sent = sum(stage["tx_bytes"] for stage in m["stages"])
-        assert 0.5 < sent / payload < 2, "frames are counted when the transport takes them, packets when they leave"
+        assert 0.8 < sent / payload < 1.6, "frames are counted when the transport takes them, packets when they leave"
         bf16 = 3 * 2 * 64 * 2  # three boundaries, both directions, H = 64
-        assert 0.85 * bf16 < payload / m["tokens"] < 1.15 * bf16, "zstandard saves a tenth, token ids cost a little"
-        assert 0 <= m["steady_seconds"] < m["seconds"]
+        assert 0.8 * bf16 < payload / m["tokens"] < 1.2 * bf16, "zstandard saves a tenth, token ids cost a little"
     shaped = [m for m in measured if m["point"]["rate_mbit"] == 5.0]
     assert len(shaped) == 2 and all("htb" in m["shaping"] for m in shaped)
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
