@@ -41,14 +41,18 @@ class Visitor:
         self._point = CALM
         self._bytes_per_token: float | None = None  # on the busiest down-link; known from the first point
 
-    async def visit(self, point: Point, times: int = 1) -> Visited:
-        """Measures `times` as long as usual, or where a step would take too long, counts bytes for a while."""
+    async def visit(self, point: Point, times: int = 1, *, patience: float = 1.0) -> Visited:
+        """Measures `times` as long as usual, or where a step would take too long, counts bytes for a while.
+
+        `patience`: as a multiple of the usual.
+        """
         farther = point.round_trip_ms != self._point.round_trip_ms
         self.reshape(point)
-        if self._is_too_slow(point):
+        patience_seconds = patience * self._effort.patience_seconds
+        if self._step_seconds(point) > patience_seconds:
             return Visited(await self._crawl(point))
         try:
-            async with asyncio.timeout(self._effort.settle_seconds + 3 * self._effort.patience_seconds):
+            async with asyncio.timeout(self._effort.settle_seconds + 3 * patience_seconds):
                 await self._settle(farther=farther)
                 return await self._measure(point, times)
         except TimeoutError:
@@ -62,11 +66,11 @@ class Visitor:
         for name in lab_names(self.config.stages)[1:]:
             self._lab.reshape(name, point.shape)
 
-    def _is_too_slow(self, point: Point) -> bool:
+    def _step_seconds(self, point: Point) -> float:
+        """What the links alone ask for."""
         if self._bytes_per_token is None:
-            return False
-        limit = link_limit(point.rate_mbit, self._bytes_per_token)
-        return self._tokens_per_step / limit > self._effort.patience_seconds
+            return 0.0
+        return self._tokens_per_step / link_limit(point.rate_mbit, self._bytes_per_token)
 
     async def _settle(self, *, farther: bool) -> None:
         """Until the step into which the change fell is over; after another round trip, until that is known to all."""
