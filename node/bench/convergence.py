@@ -19,8 +19,8 @@ import typer
 from node.bench.common import JsonLines, OutFile, Quick, Report, Table, watching
 
 if TYPE_CHECKING:
-    from node.bench.convergence_cell import Point
     from node.bench.convergence_grid import Grid, Variant
+    from node.bench.convergence_point import Point
     from node.bench.convergence_pool import CellFiles
 
 DEFAULT_GRID = "main"

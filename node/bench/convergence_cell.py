@@ -13,44 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from node.bench.chain import Chain
+from node.bench.convergence_point import CellSpec, Point
 from node.bench.frames import FrameCounter
 from node.config import RunConfig, validated
 from node.data import Corpus, load_corpus
-from stage_server.config import Frozen
 
 PROGRESS_SECONDS = 2.0
-
-
-class CellSpec(Frozen):
-    """All that a cell's process is told."""
-
-    variant: str
-    rate: float
-    seed: int
-    run: dict[str, Any]
-    state_file: Path  # safetensors: where to go on from
-    threads: int
-
-
-class Point(Frozen):
-    """One evaluation of one cell: one line of the result file."""
-
-    event: str = "evaluation"
-    variant: str
-    rate: float
-    seed: int
-    run_id: str
-    step: int
-    tokens: int
-    val_loss: float
-    train_loss: float | None  # mean since the evaluation before; None before the first step
-    wire_compression: float | None  # of the frames of the last step; None with one stage
-    wire_bytes_per_token: float | None  # one link, both directions
-    parameters: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, cast
 
-from node.bench.convergence_cell import CellSpec, Point
 from node.bench.convergence_grid import Cell, Grid, cells_to_run, num_cells
+from node.bench.convergence_point import CellSpec, Point
 from node.errors import MachineUnfit
 from node.processes import BoundedLog, describe_exit, start_child, terminate_then_kill
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from node.bench.convergence import Result, results_of, seed_noise, summary_of, table_of
-from node.bench.convergence_cell import Point
 from node.bench.convergence_grid import Cell, Grid, cells_to_run, chosen_cells, config_of, num_cells, parse, shipped
+from node.bench.convergence_point import Point
 from node.bench.convergence_pool import CellFiles
 from node.errors import ConfigImpossible, ConfigInvalid, ConfigUnreadable
 
