@@ -41,5 +41,6 @@ class Follower:
 
     def follow(self, total: float) -> None:
         """The total is this now. One that is smaller than before has begun again from 0."""
-        self._counter.inc(total - self._last if total >= self._last else total)
-        self._last = total
+        if total != self._last:
+            self._counter.inc(total - self._last if total >= self._last else total)
+            self._last = total

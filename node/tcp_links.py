@@ -7,6 +7,7 @@ TCP_INFO (Linux). That costs microseconds, sends nothing and needs no right. Els
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import socket
@@ -14,12 +15,12 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from stage_server.ledger import Side
 
 _INFO_BYTES = 192  # linux/tcp.h up to and with tcpi_sndbuf_limited (Linux 4.10)
 _ESTABLISHED = 1
+LOOKS_AT_ALL = 10  # every file of this process is asked what it is in one look of so many
 _MICRO = 1e-6
 
 
@@ -51,11 +52,12 @@ class LinkWatch:
     def __init__(self, service_port: int) -> None:
         """`service_port`: where this peer's own stage service listens."""
         self._service_port = service_port
+        self._connections = ConnectionFinder()
         self.newest: Mapping[Side, LinkQuality] = {}
 
     def look(self, next_hop: str | None) -> Mapping[Side, LinkQuality]:
         """The quality of each link that is there. `next_hop`: "host:port" of the downstream peer, if it has one."""
-        self.newest = link_qualities(open_connections(), self._service_port, next_hop)
+        self.newest = link_qualities(self._connections.look(), self._service_port, next_hop)
         return self.newest
 
 
@@ -73,15 +75,38 @@ def link_qualities(
     return {side: max(found, key=lambda link: link.num_bytes) for side, found in fitting.items() if found}
 
 
-def open_connections() -> Iterator[Connection]:
-    """Established TCP connections of this process; none where the system has no TCP_INFO or no /proc."""
-    if not hasattr(socket, "TCP_INFO"):
-        return
-    with contextlib.suppress(OSError):
-        for entry in Path("/proc/self/fd").iterdir():
-            connection = _connection(int(entry.name))
-            if connection is not None:
-                yield connection
+class ConnectionFinder:
+    """Established TCP connections of this process; none where the system has no TCP_INFO or no /proc.
+
+    Most files of a worker are no sockets and stay that for ever, and asking each of them every second costs more than
+    the links' own status frames. So only those are asked that are new or were TCP the last time, and all of them now
+    and then: a number may have been closed and given to a connection between two looks.
+    """
+
+    def __init__(self) -> None:
+        self._known: frozenset[str] = frozenset()  # files at the last look, by number
+        self._tcp: frozenset[str] = frozenset()  # those of them that were TCP sockets
+        self._looks = 0
+
+    def look(self) -> list[Connection]:
+        """Those that there are now."""
+        if not hasattr(socket, "TCP_INFO"):
+            return []
+        try:
+            files = frozenset(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path of each is most of the cost
+        except OSError:
+            return []
+        asked = files if self._looks % LOOKS_AT_ALL == 0 else (files - self._known) | (files & self._tcp)
+        self._looks += 1
+        found: list[Connection] = []
+        tcp: list[str] = []
+        for name in asked:
+            with contextlib.suppress(OSError), _tcp_socket(int(name)) as sock:
+                if sock is not None:
+                    tcp.append(name)
+                    found += _established(sock)
+        self._known, self._tcp = files, frozenset(tcp)
+        return found
 
 
 def parse_tcp_info(info: bytes) -> LinkQuality | None:
@@ -105,22 +130,28 @@ def parse_tcp_info(info: bytes) -> LinkQuality | None:
     )
 
 
-def _connection(fd: int) -> Connection | None:
-    """What a file descriptor is. It belongs to gRPC and may be closed or become another file at any moment."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return None
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-                return None
-            remote_host, remote_port = sock.getpeername()[:2]
-            local_port: int = sock.getsockname()[1]
-            quality = parse_tcp_info(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
-    except OSError:
-        return None
-    return None if quality is None else Connection(local_port, remote_host, remote_port, quality)
+@contextlib.contextmanager
+def _tcp_socket(fd: int) -> Iterator[socket.socket | None]:
+    """What a file descriptor is, duplicated; None for anything but TCP. Raises OSError.
+
+    It belongs to gRPC and may be closed or become another file at any moment.
+    """
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        yield None
+        return
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+        yield sock if is_tcp else None
 
 
+def _established(sock: socket.socket) -> list[Connection]:
+    """The connection, if it is one that the kernel tells of. Raises OSError where it is not connected."""
+    remote_host, remote_port = sock.getpeername()[:2]
+    quality = parse_tcp_info(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+    return [] if quality is None else [Connection(sock.getsockname()[1], remote_host, remote_port, quality)]
+
+
+@functools.lru_cache(maxsize=64)
 def _may_be(host: str, address: str) -> bool:
     """Whether an endpoint's host may have that address. A name may have any."""
     try:

@@ -11,7 +11,15 @@ from dataclasses import replace
 
 import pytest
 
-from node.tcp_links import Connection, LinkQuality, LinkWatch, link_qualities, open_connections, parse_tcp_info
+from node.tcp_links import (
+    LOOKS_AT_ALL,
+    Connection,
+    ConnectionFinder,
+    LinkQuality,
+    LinkWatch,
+    link_qualities,
+    parse_tcp_info,
+)
 from stage_server.ledger import Side
 
 QUALITY = LinkQuality(0.1, 0.05, 1e6, 2.0, 0, num_bytes=100)
@@ -65,9 +73,32 @@ def test_both_ends_of_a_connection_are_measured(family: socket.AddressFamily, ad
 def test_looking_leaves_no_file_open() -> None:
     with joined(socket.AF_INET, "127.0.0.1"):
         before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - one name too many either way
+        finder = ConnectionFinder()
         for _ in range(3):
-            assert list(open_connections())
+            assert finder.look()
         assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_connections_that_come_and_go_are_noticed() -> None:
+    finder = ConnectionFinder()
+    assert not finder.look()
+    with joined(socket.AF_INET, "127.0.0.1") as (dialled, answered):
+        ports = {dialled.getsockname()[1], answered.getsockname()[1]}
+        assert {found.local_port for found in finder.look()} == ports
+        assert {found.local_port for found in finder.look()} == ports
+    assert not finder.look()
+
+
+def test_a_number_that_became_a_connection_is_noticed_in_time() -> None:
+    finder = ConnectionFinder()
+    with joined(socket.AF_INET, "127.0.0.1") as (dialled, _):
+        reader, writer = os.pipe()  # no socket, where a connection will be
+        finder.look()
+        os.dup2(dialled.fileno(), reader)
+        looks = [len(finder.look()) for _ in range(LOOKS_AT_ALL)]
+        assert looks == [2] * (LOOKS_AT_ALL - 1) + [3]
+        os.close(reader)
+        os.close(writer)
 
 
 def test_links_are_told_by_port_and_address() -> None:
