@@ -8,7 +8,7 @@
     │   ├── WrongShape Oversized Truncated CorruptFrame UnknownCodec
     │   ├── WrongStep WrongToken NotFinite NeighbourStateLost
     ├── LinkLost                  the neighbour is gone; the link is resumed, nothing is lost
-    ├── CheckpointInvalid CheckpointUnwritable StateLost
+    ├── CheckpointInvalid CheckpointUnwritable StateLost StateBusy
     └── RewindNeeded              a neighbour needs frames that nobody holds any more
 
 Each class carries the stable code that people see (`E205`) and one remedy.
@@ -130,6 +130,11 @@ class NeighbourStateLost(FrameError):
 class StateLost(StageError):
     code = codes.ERROR_CODE_STATE_LOST
     remedy = "restore this stage's state folder from a backup, or start a new run"
+
+
+class StateBusy(StageError):
+    code = codes.ERROR_CODE_STATE_BUSY
+    remedy = "nothing to do: another peer of the stage is asked, or this one again a little later"
 
 
 class RewindNeeded(StageError):

@@ -116,6 +116,8 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """A neighbour needs frames that nobody holds; this stage must go back to an older checkpoint."""
     ERROR_CODE_WORKER_CRASHED: _ErrorCode.ValueType  # 405
     """A worker process died more often than the supervisor puts up with."""
+    ERROR_CODE_STATE_BUSY: _ErrorCode.ValueType  # 406
+    """The peer already gives its state to as many others as it puts up with."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """Stable numbers: E<number> is what people see, search for and script against. Never renumber, never reuse."""
@@ -214,4 +216,6 @@ ERROR_CODE_REWIND_NEEDED: ErrorCode.ValueType  # 404
 """A neighbour needs frames that nobody holds; this stage must go back to an older checkpoint."""
 ERROR_CODE_WORKER_CRASHED: ErrorCode.ValueType  # 405
 """A worker process died more often than the supervisor puts up with."""
+ERROR_CODE_STATE_BUSY: ErrorCode.ValueType  # 406
+"""The peer already gives its state to as many others as it puts up with."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015

@@ -532,49 +532,68 @@ class ListStateRequest(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run the caller means; otherwise ERROR_CODE_WRONG_RUN."""
     step: _builtins.int
     """The newest state at or before this step; absent: the newest of all."""
+    lineage: _builtins.str
+    """Only states of this lineage; absent: of any."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         step: _builtins.int | None = ...,
+        lineage: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_step", b"_step", "lineage", b"lineage", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_step", b"_step", "lineage", b"lineage", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lineage: _TypeAlias = _typing.Literal["lineage"]  # noqa: Y015
+    _WhichOneofArgType__lineage: _TypeAlias = _typing.Literal["_lineage", b"_lineage"]  # noqa: Y015
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lineage) -> _WhichOneofReturnType__lineage | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___ListStateRequest: _TypeAlias = ListStateRequest  # noqa: Y015
 
 @_typing.final
 class ListStateReply(_message.Message):
-    """One stage's state at one step: a checkpoint's files."""
+    """One stage's state at one step: a checkpoint's files without its manifest. Replicas of one stage that stand at the same
+    step of the same history answer alike.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step the state belongs to."""
+    stage: _builtins.int
+    """Stage the state is of."""
+    lineage: _builtins.str
+    """History the state belongs to, at most 64 characters; empty when its writer named none."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateFile]:
-        """Files that together are the state."""
+        """Files that together are the state; at least one, at most 65536."""
 
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         files: _abc.Iterable[Global___StateFile] | None = ...,
+        stage: _builtins.int = ...,
+        lineage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "lineage", b"lineage", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -589,22 +608,26 @@ class StateFile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    CHUNK_SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name within the checkpoint, no separators."""
     size_bytes: _builtins.int
     """Size in bytes."""
     sha256: _builtins.bytes
     """SHA-256 of the whole file, 32 bytes."""
+    chunk_sha256: _builtins.bytes
+    """SHA-256 of every chunk of 1 MiB (the last may be shorter), 32 bytes each, one after the other."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
+        chunk_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_sha256", b"chunk_sha256", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -620,6 +643,8 @@ class FetchStateRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run the caller means; otherwise ERROR_CODE_WRONG_RUN."""
     step: _builtins.int
@@ -627,7 +652,13 @@ class FetchStateRequest(_message.Message):
     name: _builtins.str
     """File of the checkpoint, as listed."""
     offset_bytes: _builtins.int
-    """First byte wanted, so that a broken transfer goes on where it stopped."""
+    """First byte wanted."""
+    length_bytes: _builtins.int
+    """Bytes wanted; 0: all up to the file's end. What lies behind the end is not sent."""
+    sha256: _builtins.bytes
+    """SHA-256 of the whole file, as listed, so that a state which was written anew meanwhile is refused
+    (ERROR_CODE_CHECKPOINT_INVALID) instead of mixed with the old one; empty: any.
+    """
     def __init__(
         self,
         *,
@@ -635,10 +666,12 @@ class FetchStateRequest(_message.Message):
         step: _builtins.int = ...,
         name: _builtins.str = ...,
         offset_bytes: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset_bytes", b"offset_bytes", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_bytes", b"length_bytes", "name", b"name", "offset_bytes", b"offset_bytes", "run_id", b"run_id", "sha256", b"sha256", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,14 +75,15 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchState(self, request, context):
-        """Reads one file of this stage's committed state (weights and optimizer) in ordered chunks from any offset.
+        """Reads a part of one file of this stage's committed state (weights and optimizer), in order. Joiners ask several
+        peers of the stage for different chunks of the same state at once. ERROR_CODE_STATE_BUSY: ask again later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListState(self, request, context):
-        """Lists the files of the newest committed state at or before a step, with sizes and hashes.
+        """Lists the files of the newest committed state at or before a step, with sizes and hashes of every chunk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

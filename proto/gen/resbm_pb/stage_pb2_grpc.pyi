@@ -43,9 +43,11 @@ class StageStub:
     The first frame each way is Open; anything else first is refused with ERROR_CODE_PROTOCOL.
     """
     FetchState: _grpc.UnaryStreamMultiCallable[_stage_pb2.FetchStateRequest, _stage_pb2.StateChunk]
-    """Reads one file of this stage's committed state (weights and optimizer) in ordered chunks from any offset."""
+    """Reads a part of one file of this stage's committed state (weights and optimizer), in order. Joiners ask several
+    peers of the stage for different chunks of the same state at once. ERROR_CODE_STATE_BUSY: ask again later.
+    """
     ListState: _grpc.UnaryUnaryMultiCallable[_stage_pb2.ListStateRequest, _stage_pb2.ListStateReply]
-    """Lists the files of the newest committed state at or before a step, with sizes and hashes."""
+    """Lists the files of the newest committed state at or before a step, with sizes and hashes of every chunk."""
 
 @_typing.type_check_only
 class StageAsyncStub(StageStub):
@@ -57,9 +59,11 @@ class StageAsyncStub(StageStub):
     The first frame each way is Open; anything else first is refused with ERROR_CODE_PROTOCOL.
     """
     FetchState: _aio.UnaryStreamMultiCallable[_stage_pb2.FetchStateRequest, _stage_pb2.StateChunk]  # type: ignore[assignment]
-    """Reads one file of this stage's committed state (weights and optimizer) in ordered chunks from any offset."""
+    """Reads a part of one file of this stage's committed state (weights and optimizer), in order. Joiners ask several
+    peers of the stage for different chunks of the same state at once. ERROR_CODE_STATE_BUSY: ask again later.
+    """
     ListState: _aio.UnaryUnaryMultiCallable[_stage_pb2.ListStateRequest, _stage_pb2.ListStateReply]  # type: ignore[assignment]
-    """Lists the files of the newest committed state at or before a step, with sizes and hashes."""
+    """Lists the files of the newest committed state at or before a step, with sizes and hashes of every chunk."""
 
 class StageServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -86,7 +90,9 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         request: _stage_pb2.FetchStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_stage_pb2.StateChunk], _abc.AsyncIterator[_stage_pb2.StateChunk]]:
-        """Reads one file of this stage's committed state (weights and optimizer) in ordered chunks from any offset."""
+        """Reads a part of one file of this stage's committed state (weights and optimizer), in order. Joiners ask several
+        peers of the stage for different chunks of the same state at once. ERROR_CODE_STATE_BUSY: ask again later.
+        """
 
     @_abc_1.abstractmethod
     def ListState(
@@ -94,6 +100,6 @@ class StageServicer(metaclass=_abc_1.ABCMeta):
         request: _stage_pb2.ListStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_stage_pb2.ListStateReply, _abc.Awaitable[_stage_pb2.ListStateReply]]:
-        """Lists the files of the newest committed state at or before a step, with sizes and hashes."""
+        """Lists the files of the newest committed state at or before a step, with sizes and hashes of every chunk."""
 
 def add_StageServicer_to_server(servicer: StageServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
