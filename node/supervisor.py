@@ -34,6 +34,7 @@ from node.events import (
 )
 from node.pipes import forward_events, reading_stdout
 from node.processes import BoundedLog, become_subreaper, describe_exit, kill_tree, start_child, sweep_orphans
+from node.scratch import scratch_folder
 
 WORKER_COMMAND = (sys.executable, "-m", "node.worker")
 DRAIN_TIMEOUT = timedelta(seconds=20)
@@ -152,7 +153,8 @@ class Supervisor:
         back_off = self._back_off
         while True:
             started = time.monotonic()
-            pid, code = await self._one_life()
+            with scratch_folder() as scratch:
+                pid, code = await self._one_life(scratch)
             self._on_event(Worker(state="exited", pid=pid, detail=describe_exit(code)))
             if code == EXIT_DONE:
                 return Ended(Outcome.DRAINED if self._stops else Outcome.COMPLETE)
@@ -170,9 +172,10 @@ class Supervisor:
             if self._stops:
                 return Ended(Outcome.DRAINED)
 
-    async def _one_life(self) -> tuple[int, int]:
+    async def _one_life(self, scratch: Path) -> tuple[int, int]:
         """Starts a worker and stays with it. Returns its pid and return code; nothing of its tree is left."""
-        child = start_child(self._command, log=self.log, stdin=True, environment={"GRPC_ENABLE_FORK_SUPPORT": "0"})
+        environment = {"GRPC_ENABLE_FORK_SUPPORT": "0", "TMPDIR": str(scratch)}
+        child = start_child(self._command, log=self.log, stdin=True, environment=environment)
         try:
             self._on_event(Worker(state="started", pid=child.pid, detail=f"log: {self.log.path}"))
             async with reading_stdout(child) as reader:
