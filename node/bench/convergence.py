@@ -8,20 +8,17 @@ same norms as ours and sends everything; the last control is the last stage alon
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from node.bench.common import JsonLines, OutFile, Quick, Report, Table, watching
+from node.bench.common import JsonLines, OutFile, Quick, Report, watching
 
 if TYPE_CHECKING:
-    from node.bench.convergence_grid import Grid, Variant
+    from node.bench.convergence_grid import Grid
     from node.bench.convergence_point import Point
-    from node.bench.convergence_pool import CellFiles
 
 DEFAULT_GRID = "main"
 QUICK_GRID = "quick"
@@ -38,6 +35,10 @@ def convergence(
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time; 0: one for each core.")] = 0,
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is done.")] = False,
+    points: Annotated[
+        Path | None,
+        typer.Option(help="Also write all evaluations as JSON lines; with --report-only: read them.", metavar="FILE"),
+    ] = None,
     quick: Quick = False,
     json_lines: JsonLines = False,
     out: OutFile = None,
@@ -47,6 +48,7 @@ def convergence(
     Example: resbm-node bench convergence --quick
     """
     from node.bench.convergence_pool import CellFiles, Pool
+    from node.bench.convergence_results import results_of, summary_of, table_of, table_of_run
 
     chosen = read_grid(grid or (QUICK_GRID if quick else DEFAULT_GRID))
     folder = work or Path("runs", "convergence", chosen.name)
@@ -62,7 +64,13 @@ def convergence(
             watcher.doing("reading text", 0.0)
             prepare_text(chosen)
             Pool(chosen, files, jobs or len(os.sched_getaffinity(0)), on_point, watcher.doing).run()
-        results = results_of(chosen, files)
+        if points is not None and report_only:
+            done = read_points(points)
+        else:
+            done = files.all_points(chosen)
+            if points is not None:
+                write_points(points, done)
+        results = results_of(chosen, done)
         facts = [table_of_run(chosen), table_of(results)]
         measurements = [point.model_dump() for result in results for cell in result.cells for point in cell]
         report.finish(measurements, facts, summary_of(results))
@@ -97,109 +105,23 @@ def prepare_text(grid: Grid) -> None:
         load_corpus(config)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one variant: the trainings with its best learning rate."""
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """One JSON line an evaluation. Raises MachineUnfit when the disk refuses."""
+    from node.errors import MachineUnfit
 
-    variant: Variant
-    rate: float
-    cells: Sequence[Sequence[Point]]  # by seed, in order of their steps
-
-    @property
-    def losses(self) -> list[float]:
-        """Final validation losses, nats per token, by seed."""
-        return [cell[-1].val_loss for cell in self.cells]
-
-    @property
-    def loss(self) -> float:
-        return statistics.mean(self.losses)
-
-    @property
-    def wire_compression(self) -> float | None:
-        """Over the training: dense bytes / wire bytes at all evaluations, all seeds."""
-        points = [point for cell in self.cells for point in cell]
-        factors = [point.wire_compression for point in points if point.wire_compression is not None]
-        return statistics.harmonic_mean(factors) if factors else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(point.model_dump_json() + "\n" for point in points))
+    except OSError as error:
+        raise MachineUnfit(f"{path} cannot be written: {error.strerror}", remedy="choose another --points") from error
 
 
-def results_of(grid: Grid, files: CellFiles) -> list[Result]:
-    """All variants with at least one done training."""
-    from node.bench.convergence_grid import chosen_cells
+def read_points(path: Path) -> list[Point]:
+    """What `write_points` has written. Raises ConfigUnreadable."""
+    from node.bench.convergence_point import Point
+    from node.errors import ConfigUnreadable
 
-    losses = files.final_losses(grid)
-    results = []
-    for variant in grid.variants:
-        cells = chosen_cells(grid, variant, losses)
-        if cells:
-            results.append(Result(variant, cells[0].rate, [files.points(cell.key) for cell in cells]))
-    return results
-
-
-def summary_of(results: Sequence[Result]) -> dict[str, Any]:
-    """The claims as numbers, nats per token: positive gaps are losses to the fair control, or wins over the last."""
-    by_role = {result.variant.role: result for result in results if result.variant.role}
-    summary: dict[str, Any] = {"loss": {result.variant.name: result.loss for result in results}}
-    for key, role, against in (
-        ("gap_128x", "ours_128x", "fair"),
-        ("gap_512x", "ours_512x", "fair"),
-        ("gap_128x_to_uncompressed", "ours_128x", "uncompressed"),
-        ("control_gap", "control", "uncompressed"),
-        ("control_gap_128x", "control", "ours_128x"),
-    ):
-        if role in by_role and against in by_role:
-            summary[key] = by_role[role].loss - by_role[against].loss
-    for role in ("ours_128x", "ours_512x"):
-        if role in by_role:
-            summary[f"wire_compression_{role.removeprefix('ours_')}"] = by_role[role].wire_compression
-    if noise := seed_noise(results):
-        summary["seed_noise"] = noise
-    return summary
-
-
-def seed_noise(results: Sequence[Result]) -> float | None:
-    """Standard deviation of the final loss over seeds, pooled over all variants with two or more, nats per token."""
-    spreads = [statistics.variance(result.losses) for result in results if len(result.losses) > 1]
-    return statistics.mean(spreads) ** 0.5 if spreads else None
-
-
-def table_of(results: Sequence[Result]) -> Table:
-    by_role = {result.variant.role: result for result in results if result.variant.role}
-    fair = by_role.get("fair")
-    rows = [
-        [
-            result.variant.title,
-            f"{result.cells[0][-1].parameters / 1e6:.2f}",
-            _factor(result.wire_compression),
-            f"{result.rate:g}",
-            str(len(result.losses)),
-            f"{result.loss:.3f}",
-            f"{min(result.losses):.3f} to {max(result.losses):.3f}",
-            f"{result.loss - fair.loss:+.3f}" if fair else "",
-        ]
-        for result in results
-    ]
-    columns = ["variant", "M parameters", "wire compression", "rate x", "seeds", "val loss", "over seeds", "- fair"]
-    return Table("validation loss, nats per token, at equal tokens", columns, rows)
-
-
-def table_of_run(grid: Grid) -> Table:
-    """What all variants share."""
-    from node.bench.convergence_grid import config_of
-
-    config = config_of(grid, grid.variants[0], grid.variants[0].rates[0], grid.seeds[0])
-    model, plan = config.model, config.plan
-    per_step = plan.microbatches_per_step * plan.batch * plan.tokens
-    layers = f"{model.num_hidden_layers} layers in {config.stages} stages"
-    rows: Mapping[str, str] = {
-        "model": f"{model.model_type}, H {model.hidden_size}, {layers}, {model.vocab_size} tokens",
-        "training": f"{plan.steps} steps of {per_step:,} tokens ({plan.steps * per_step / 1e6:.2f} M), "
-        f"T {plan.tokens}, {config.compute.precision} on the CPU",
-        "validation": f"{plan.evaluation_microbatches * plan.batch * plan.tokens:,} tokens, held-out files",
-        "text": config.data.source,
-        "seeds": ", ".join(map(str, grid.seeds)),
-    }
-    return Table("the runs", ["", "all variants unless they say otherwise"], [list(row) for row in rows.items()])
-
-
-def _factor(compression: float | None) -> str:
-    return "-" if compression is None else f"{compression:.1f}" if compression < 10 else f"{compression:.0f}"
+    try:
+        return [Point.model_validate_json(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigUnreadable(f"{path} holds no evaluations: {error}", remedy="name a file of --points") from error

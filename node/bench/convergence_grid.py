@@ -119,16 +119,6 @@ def best_rate(tuning: Sequence[Cell], losses: Mapping[str, float]) -> float:
     return min(tuning, key=lambda cell: losses[cell.key]).rate
 
 
-def chosen_cells(grid: Grid, variant: Variant, losses: Mapping[str, float]) -> list[Cell]:
-    """The done cells of a variant that count: those with its best learning rate."""
-    tuning = [_cell(grid, variant, rate, grid.seeds[0]) for rate in variant.rates]
-    done = [cell for cell in tuning if cell.key in losses]
-    if not done:
-        return []
-    rate = best_rate(done, losses)
-    return [cell for seed in grid.seeds if (cell := _cell(grid, variant, rate, seed)).key in losses]
-
-
 def num_cells(grid: Grid) -> int:
     """Trainings in the whole grid."""
     return sum(len(variant.rates) + len(grid.seeds) - 1 for variant in grid.variants)

@@ -41,6 +41,10 @@ class CellFiles:
             return []
         return [Point.model_validate_json(line) for line in lines if line.endswith("\n")]
 
+    def all_points(self, grid: Grid) -> list[Point]:
+        """Of every training of a grid that is done, in the grid's order."""
+        return [point for key in self.final_losses(grid) for point in self.points(key)]
+
     def append(self, key: str, point: Point) -> None:
         path = self._folder / f"{key}.jsonl"
         known = self.points(key)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from node.bench.convergence import Result, results_of, seed_noise, summary_of, table_of
-from node.bench.convergence_grid import Cell, Grid, cells_to_run, chosen_cells, config_of, num_cells, parse, shipped
+from node.bench.convergence import read_points, write_points
+from node.bench.convergence_grid import Cell, Grid, cells_to_run, config_of, num_cells, parse, shipped
 from node.bench.convergence_point import Point
 from node.bench.convergence_pool import CellFiles
+from node.bench.convergence_results import Result, results_of, seed_noise, summary_of, table_of
 from node.errors import ConfigImpossible, ConfigInvalid, ConfigUnreadable
 
 TEXT = """
@@ -52,8 +53,11 @@ def test_other_seeds_wait_for_the_learning_rate() -> None:
 
 def test_only_the_best_rate_counts() -> None:
     grid = small()
-    losses = {cell.key: loss for cell, loss in zip(cells_to_run(grid, {}), (3.0, 2.5, 2.9, 2.3), strict=True)}
-    assert names(chosen_cells(grid, grid.variants[1], losses)) == [("ours", 2.0, 3)]
+    points = [point(cell, loss) for cell, loss in zip(cells_to_run(grid, {}), (3.0, 2.5, 2.9, 2.3), strict=True)]
+    torn = point(cells_to_run(grid, {})[2], 0.1).model_copy(update={"step": 3})
+    ours = results_of(grid, [*points, torn.model_copy(update={"seed": 4})])[1]
+    assert (ours.rate, ours.losses) == (2.0, [2.3]), "a training that has not ended does not count"
+    assert ours.tried == {0.5: 2.5, 1.0: 2.9, 2.0: 2.3}
 
 
 def test_a_cell_is_the_presets_run_with_both_changes() -> None:
@@ -133,7 +137,9 @@ def test_results_are_told_against_the_fair_control(tmp_path_factory: pytest.Temp
             files.append(cell.key, point(cell, loss, 100.0 * cell.rate))
             losses[cell.key] = loss
     assert files.final_losses(grid) == losses
-    results: list[Result] = results_of(grid, files)
+    kept = tmp_path_factory.mktemp("kept") / "points.jsonl"
+    write_points(kept, files.all_points(grid))
+    results: list[Result] = results_of(grid, read_points(kept))
     assert [len(result.losses) for result in results] == [3, 3]
     summary = summary_of(results)
     assert summary["gap_128x"] == pytest.approx(0.2)

@@ -1,0 +1,129 @@
+"""What the trainings of a convergence grid say: the claims as numbers, and tables. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from node.bench.common import Table
+from node.bench.convergence_grid import Grid, Variant, config_of
+from node.bench.convergence_point import Point
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one variant: the trainings with its best learning rate."""
+
+    variant: Variant
+    rate: float
+    tried: Mapping[float, float]  # final validation loss of the first seed, by learning rate
+    cells: Sequence[Sequence[Point]]  # by seed, in order of their steps
+
+    @property
+    def losses(self) -> list[float]:
+        """Final validation losses, nats per token, by seed."""
+        return [cell[-1].val_loss for cell in self.cells]
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses)
+
+    @property
+    def wire_compression(self) -> float | None:
+        """Over the training: dense bytes / wire bytes at all evaluations, all seeds."""
+        points = [point for cell in self.cells for point in cell]
+        factors = [point.wire_compression for point in points if point.wire_compression is not None]
+        return statistics.harmonic_mean(factors) if factors else None
+
+
+def results_of(grid: Grid, points: Iterable[Point]) -> list[Result]:
+    """All variants with at least one training that was done to the grid's last step."""
+    trainings: dict[tuple[str, float, int], list[Point]] = defaultdict(list)
+    for point in points:
+        trainings[point.variant, point.rate, point.seed].append(point)
+    results = []
+    for variant in grid.variants:
+        steps = config_of(grid, variant, variant.rates[0], grid.seeds[0]).plan.steps
+        done = {
+            (rate, seed): cell
+            for rate in variant.rates
+            for seed in grid.seeds
+            if (cell := trainings.get((variant.name, rate, seed))) and cell[-1].step == steps
+        }
+        tried = {rate: cell[-1].val_loss for (rate, seed), cell in done.items() if seed == grid.seeds[0]}
+        if tried:
+            best = min(tried, key=lambda rate: tried[rate])
+            cells = [done[best, seed] for seed in grid.seeds if (best, seed) in done]
+            results.append(Result(variant, best, tried, cells))
+    return results
+
+
+def summary_of(results: Sequence[Result]) -> dict[str, Any]:
+    """The claims as numbers, nats per token: positive gaps are losses to the fair control, or wins over the last."""
+    by_role = {result.variant.role: result for result in results if result.variant.role}
+    summary: dict[str, Any] = {"loss": {result.variant.name: result.loss for result in results}}
+    for key, role, against in (
+        ("gap_128x", "ours_128x", "fair"),
+        ("gap_512x", "ours_512x", "fair"),
+        ("gap_128x_to_uncompressed", "ours_128x", "uncompressed"),
+        ("control_gap", "control", "uncompressed"),
+        ("control_gap_128x", "control", "ours_128x"),
+    ):
+        if role in by_role and against in by_role:
+            summary[key] = by_role[role].loss - by_role[against].loss
+    for role in ("ours_128x", "ours_512x"):
+        if role in by_role:
+            summary[f"wire_compression_{role.removeprefix('ours_')}"] = by_role[role].wire_compression
+    if noise := seed_noise(results):
+        summary["seed_noise"] = noise
+    return summary
+
+
+def seed_noise(results: Sequence[Result]) -> float | None:
+    """Standard deviation of the final loss over seeds, pooled over all variants with two or more, nats per token."""
+    spreads = [statistics.variance(result.losses) for result in results if len(result.losses) > 1]
+    return statistics.mean(spreads) ** 0.5 if spreads else None
+
+
+def table_of(results: Sequence[Result]) -> Table:
+    by_role = {result.variant.role: result for result in results if result.variant.role}
+    fair = by_role.get("fair")
+    rows = [
+        [
+            result.variant.title,
+            f"{result.cells[0][-1].parameters / 1e6:.2f}",
+            _factor(result.wire_compression),
+            f"{result.rate:g}",
+            str(len(result.losses)),
+            f"{result.loss:.3f}",
+            f"{min(result.losses):.3f} to {max(result.losses):.3f}",
+            f"{result.loss - fair.loss:+.3f}" if fair else "",
+        ]
+        for result in results
+    ]
+    columns = ["variant", "M parameters", "wire compression", "rate x", "seeds", "val loss", "over seeds", "- fair"]
+    return Table("validation loss, nats per token, at equal tokens", columns, rows)
+
+
+def table_of_run(grid: Grid) -> Table:
+    """What all variants share."""
+    config = config_of(grid, grid.variants[0], grid.variants[0].rates[0], grid.seeds[0])
+    model, plan = config.model, config.plan
+    per_step = plan.microbatches_per_step * plan.batch * plan.tokens
+    layers = f"{model.num_hidden_layers} layers in {config.stages} stages"
+    rows: Mapping[str, str] = {
+        "model": f"{model.model_type}, H {model.hidden_size}, {layers}, {model.vocab_size} tokens",
+        "training": f"{plan.steps} steps of {per_step:,} tokens ({plan.steps * per_step / 1e6:.2f} M), "
+        f"T {plan.tokens}, {config.compute.precision} on the CPU",
+        "validation": f"{plan.evaluation_microbatches * plan.batch * plan.tokens:,} tokens, held-out files",
+        "text": config.data.source,
+        "seeds": ", ".join(map(str, grid.seeds)),
+    }
+    return Table("the runs", ["", "all variants unless they say otherwise"], [list(row) for row in rows.items()])
+
+
+def _factor(compression: float | None) -> str:
+    return "-" if compression is None else f"{compression:.1f}" if compression < 10 else f"{compression:.0f}"
