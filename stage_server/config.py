@@ -68,6 +68,9 @@ class AnchorKind(StrEnum):
     FIXED = "fixed"  # one table for all stages, drawn from the seed and never trained; the encoder subtracts it
 
 
+LEARNED_ANCHORS = frozenset({AnchorKind.EMBEDDING, AnchorKind.INDEPENDENT})
+
+
 class BottleneckConfig(Frozen):
     """What is done to the residual stream at a boundary. Every variant of the benchmark is a value of this."""
 
@@ -86,6 +89,12 @@ class BottleneckConfig(Frozen):
     norm: bool = Field(True, description="RMSNorm of the latent, without which latents explode over boundaries")
     gain: bool = Field(True, description="learned gain per latent channel in the decoder")
     anchor: AnchorKind = Field(AnchorKind.EMBEDDING, description="token embedding of each stage's own")
+    taps: int = Field(
+        0, ge=0, description="earlier tokens whose embeddings each stage mixes into its anchor, a weight per channel"
+    )
+    pair_rows: int = Field(
+        0, ge=0, description="rows of each stage's hashed table of token pairs, added to its anchor; 0: none"
+    )
 
 
 class CodecConfig(Frozen):
@@ -173,6 +182,8 @@ class StageConfig(Frozen):
                 )
         elif bottleneck.anchor is AnchorKind.FIXED:
             raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")
+        if (bottleneck.taps or bottleneck.pair_rows) and bottleneck.anchor not in LEARNED_ANCHORS:
+            raise ValueError("bottleneck.taps and pair_rows add to a learned anchor: set anchor = embedding")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(

@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stage_server import subspace
 from stage_server.bottleneck import Boundary, receiving_side, sending_side
-from stage_server.config import AnchorKind, ModelConfig, StageConfig
+from stage_server.config import LEARNED_ANCHORS, AnchorKind, ModelConfig, StageConfig
 from stage_server.errors import ConfigImpossible
+from stage_server.local_context import LocalContext
 
-LEARNED = frozenset({AnchorKind.EMBEDDING, AnchorKind.INDEPENDENT})
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
@@ -107,10 +107,13 @@ class StageModule(nn.Module):
         self.anchors, self.boundaries = nn.ModuleDict(), nn.ModuleDict()
         if not self.is_first:
             self.boundaries[str(self.stage - 1)] = receiving_side(bottleneck, hidden, width)
-            if bottleneck.enabled and bottleneck.anchor in LEARNED:
+            if bottleneck.enabled and bottleneck.anchor in LEARNED_ANCHORS:
                 self.anchors[str(self.stage)] = nn.Embedding(config.model.vocab_size, hidden)
         if not self.is_last:
             self.boundaries[str(self.stage)] = sending_side(bottleneck, hidden, width)
+        self.contexts = nn.ModuleDict()
+        if bottleneck.enabled and (bottleneck.taps or bottleneck.pair_rows):
+            self.contexts[str(self.stage)] = LocalContext(bottleneck.taps, bottleneck.pair_rows, hidden)
 
     def _materialise(self, config: StageConfig, device: torch.device) -> None:
         """Give each parameter its memory and initial values, one by one: the peak is the stage and one parameter."""
@@ -161,10 +164,16 @@ class StageModule(nn.Module):
             embedded_BTD = self.model.embed_tokens(ids_BT)
             if fixed_BTD is not None:
                 return fixed_BTD + subspace.project(embedded_BTD, self.basis), fixed_BTD
+            embedded_BTD = self._in_context(ids_BT, embedded_BTD)
             return embedded_BTD, embedded_BTD  # the first stage's anchor is the embedding itself
         key = str(self.stage)
-        anchor_BTD = self.anchors[key](ids_BT) if key in self.anchors else fixed_BTD
+        anchor_BTD = self._in_context(ids_BT, self.anchors[key](ids_BT)) if key in self.anchors else fixed_BTD
         return self._boundary(self.stage - 1).decode(latents_BTh, anchor_BTD), anchor_BTD
+
+    def _in_context(self, ids_BT: Tensor, anchor_BTD: Tensor) -> Tensor:
+        """The anchor with what the tokens before say of each token."""
+        key = str(self.stage)
+        return self.contexts[key](ids_BT, anchor_BTD) if key in self.contexts else anchor_BTD
 
     def _boundary(self, index: int) -> Boundary:
         return cast(Boundary, self.boundaries[str(index)])
@@ -191,7 +200,7 @@ def initial_value(config: StageConfig, name: str, shape: torch.Size) -> Tensor:
     owner, leaf = name.split(".", maxsplit=1)[0], name.rsplit(".", maxsplit=1)[-1]
     if owner == "anchors" and config.bottleneck.anchor is AnchorKind.EMBEDDING:
         name = EMBEDDING_NAME
-    if leaf == "bias":
+    if leaf == "bias" or owner == "contexts":
         return torch.zeros(shape)
     if leaf == "gain":
         return torch.full(shape, initial_gain(config))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stage_server.config import OptimizerConfig
 from stage_server.errors import CheckpointInvalid, NotFinite
 
-_NOT_HIDDEN = ("model.embed_tokens.", "anchors.", "lm_head.")
+_NOT_HIDDEN = ("model.embed_tokens.", "anchors.", "contexts.", "lm_head.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ def test_schedule_of_the_defaults() -> None:
         ("boundaries.0.gain", (2,), False),
         ("model.embed_tokens.weight", (9, 4), False),
         ("anchors.1.weight", (9, 4), False),
+        ("contexts.1.taps", (2, 4), False),
+        ("contexts.1.pairs.weight", (9, 4), False),
         ("lm_head.weight", (9, 4), False),
         ("model.layers.3.input_layernorm.weight", (4,), False),
     ],
