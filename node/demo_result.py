@@ -34,7 +34,7 @@ async def gather_weights(endpoints: Sequence[str], run_id: str, folder: Path) ->
     weights: Weights = {}
     for stage, endpoint in enumerate(endpoints):
         place = folder / f"stage-{stage}"
-        tensors = await fetch_state(endpoint, run_id, place)
+        tensors = (await fetch_state([endpoint], run_id, place)).tensors
         weights |= {
             name.removeprefix(_PARAMETER): tensor.clone()  # a copy: the files are mapped into memory, and go now
             for name, tensor in tensors.items()

@@ -1,10 +1,13 @@
 """Committed states of one stage on disk: complete or absent, never half.
 
-    <folder>/step-00000010/manifest.json               run, stage, step, software, and size and SHA-256 of each file
+    <folder>/step-00000010/manifest.json               run, stage, step, lineage, and size and SHA-256 of each file
     <folder>/step-00000010/state-00000.safetensors     tensors in name order, in shards of bounded size
     <folder>/.writing-...                              a writer at work (it holds a lock), or what a dead one left
+    <folder>/.pinned-00000010                          withdrawn, but somebody is still downloading it
+    <folder>/incoming                                  a state on its way from other peers (fetch.py)
 
-A checkpoint is written beside the others, flushed to the disk, and renamed into place.
+A checkpoint is written beside the others, flushed to the disk, and renamed into place. Its files but the manifest
+depend on nothing but the tensors: replicas that hold the same bits write the same files.
 """
 
 from __future__ import annotations
@@ -16,39 +19,35 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from importlib import metadata
+from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Final
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stage_server.config import Frozen
-from stage_server.errors import CheckpointInvalid, CheckpointUnwritable
+from stage_server.errors import CheckpointInvalid
+from stage_server.manifest import (
+    Manifest,
+    ManifestFile,
+    flush,
+    read_manifest,
+    software_version,
+    unwritable,
+    write_manifest,
+)
+from stage_server.pins import Pins
+from stage_server.state_listing import StateFile, StateListing, hash_file
 
 SHARD_BYTES: Final = 64 * 2**20
-_MANIFEST: Final = "manifest.json"
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
 _TEMPORARY: Final = ".writing-"
-
-
-class _ManifestFile(Frozen):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="file name, no separators")
-    size_bytes: int = Field(ge=0, description="size in bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the whole file, hex")
-
-
-class _Manifest(Frozen):
-    format: Literal[1] = Field(1, description="layout of the folder")
-    run_id: str = Field(description="run, hex")
-    stage: int = Field(ge=0, description="stage index")
-    step: int = Field(ge=0, description="steps committed")
-    software_version: str = Field(description="of the writer, for people")
-    files: tuple[_ManifestFile, ...] = Field(description="all files but this one")
+_WITHDRAWN: Final = ".pinned-"
+_MAX_REMEMBERED: Final = 4  # checkpoints whose chunks' hashes are kept in memory
 
 
 class CheckpointStore:
@@ -66,36 +65,63 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, run_id: str, stage: int, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.run_id, self.stage, self.shard_bytes = folder, run_id, stage, shard_bytes
-        with _unwritable(f"checkpoint folder {folder}"):
+        self._pins = Pins()
+        self._listings: dict[Manifest, StateListing] = {}
+        self._hashing = threading.Lock()
+        with unwritable(f"checkpoint folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
+            self._sweep()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor]) -> int:
+    @property
+    def incoming(self) -> Path:
+        """Where a download of this stage's state is collected before `adopt`; what is in it survives a restart."""
+        return self.folder / "incoming"
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], lineage: str = "") -> int:
         """Write a checkpoint, replacing one of the same step; its size in bytes.
+
+        Args:
+            step: steps committed.
+            tensors: weights and optimizer.
+            lineage: name of the history that led to this step, at most 64 characters.
 
         Raises:
             CheckpointUnwritable: disk full or refused; nothing half-written remains and the others are untouched.
         """
-        with _unwritable(f"checkpoint of step {step} in {self.folder}"), self._temporary() as temporary:
+        with unwritable(f"checkpoint of step {step} in {self.folder}"), self._temporary() as temporary:
             files = [_write_shard(temporary, number, shard) for number, shard in enumerate(self._shards(tensors))]
-            manifest = _Manifest(
+            manifest = Manifest(
                 run_id=self.run_id,
                 stage=self.stage,
                 step=step,
-                software_version=_software_version(),
+                lineage=lineage,
+                software_version=software_version(),
                 files=tuple(files),
             )
-            _write_durably(temporary / _MANIFEST, manifest.model_dump_json(indent=1).encode())
-            _flush(temporary)
-            self._discard(step)
-            temporary.rename(self._path(step))
-            _flush(self.folder)
+            write_manifest(temporary, manifest)
+            self._put(temporary, step)
         return sum(file.size_bytes for file in files)
+
+    def adopt(self, folder: Path) -> int:
+        """Make a downloaded checkpoint one of these, replacing one of the same step; its step. The folder moves.
+
+        Raises:
+            CheckpointInvalid: not a complete checkpoint of this run and stage.
+            CheckpointUnwritable: the disk refuses (the folder must be on the same one).
+        """
+        step = read_manifest(folder).step
+        self._checked(read_manifest(folder), step, folder)
+        if not _is_complete(folder):
+            raise CheckpointInvalid(f"{folder} lacks files that its manifest names")
+        with unwritable(f"checkpoint of step {step} in {self.folder}"):
+            self._put(folder, step)
+        return step
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending: a readable manifest and every file at its full size."""
         found = (int(match[1]) for path in self.folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name)))
-        return sorted(step for step in found if self._is_complete(step))
+        return sorted(step for step in found if _is_complete(self._path(step)))
 
     def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """All tensors of a checkpoint, on `device`.
@@ -114,32 +140,56 @@ class CheckpointStore:
                 raise CheckpointInvalid(f"{path} cannot be read: {problem}") from problem
         return tensors
 
-    def files(self, step: int) -> list[tuple[str, int, bytes]]:
-        """Name, size in bytes and SHA-256 of every file of a checkpoint, the manifest last: together they are a copy.
+    def lineage(self, step: int) -> str:
+        """The history a checkpoint belongs to; empty when its writer named none.
 
         Raises:
             CheckpointInvalid: missing, or of another run or stage.
         """
-        manifest = self._manifest(step)
-        raw = self._read_manifest(step)
-        listed = [(file.name, file.size_bytes, bytes.fromhex(file.sha256)) for file in manifest.files]
-        return [*listed, (_MANIFEST, len(raw), hashlib.sha256(raw).digest())]
+        return self._manifest(step).lineage
 
-    def open_file(self, step: int, name: str) -> BinaryIO:
-        """One file of a checkpoint, for reading. Only names that `files` lists are opened.
+    def listing(self, step: int) -> StateListing:
+        """What other peers are told of a checkpoint. Reads it all the first time: gigabytes take seconds.
 
         Raises:
-            CheckpointInvalid: there is no such file.
+            CheckpointInvalid: missing, damaged, or of another run or stage.
         """
-        if name not in {listed for listed, _, _ in self.files(step)}:
-            raise CheckpointInvalid(f"the checkpoint of step {step} has no file {name!r}")
-        try:
-            return os.fdopen(os.open(self._path(step) / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
-        except OSError as problem:
-            raise CheckpointInvalid(f"{name} of step {step} cannot be opened: {problem}") from problem
+        with self._hashing:  # several who ask at once wait for one reading
+            manifest = self._manifest(step)
+            if manifest not in self._listings:
+                files = tuple(_hashed(self._path(step), file) for file in manifest.files)
+                while len(self._listings) >= _MAX_REMEMBERED:
+                    del self._listings[next(iter(self._listings))]
+                self._listings[manifest] = StateListing(self.stage, step, manifest.lineage, files)
+            return self._listings[manifest]
+
+    def open_file(self, step: int, name: str, sha256: bytes = b"") -> BinaryIO:
+        """One file of a checkpoint, for reading; with `sha256`, only that one. Only names in the manifest are opened.
+
+        Raises:
+            CheckpointInvalid: there is no such file (any more).
+        """
+        problem: Exception | None = None
+        for folder in (self._path(step), self._withdrawn(step)):
+            try:
+                files = {file.name: file.sha256 for file in self._checked(read_manifest(folder), step, folder).files}
+                if name in files and sha256.hex() in ("", files[name]):
+                    return os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+            except (CheckpointInvalid, OSError) as error:
+                problem = problem or error
+        raise CheckpointInvalid(f"no file {name!r} of step {step}, or another one than asked for") from problem
+
+    def pin(self, step: int, lasting: timedelta) -> bool:
+        """For a while, a checkpoint stays readable even when it is pruned or discarded: somebody is downloading it.
+
+        False when too many others are pinned. May be called from any thread.
+        """
+        return self._pins.pin(step, lasting)
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: they belong to a past that is being redone.
+
+        Those that are pinned are no longer among the `steps`, but can be read until their pins expire.
 
         Raises:
             CheckpointUnwritable: the disk refuses.
@@ -147,17 +197,27 @@ class CheckpointStore:
         self._discard(*(saved for saved in self.steps() if saved > step))
 
     def prune(self, keep_from_step: int) -> None:
-        """Remove what nobody can need: keeps every checkpoint from a step on and the newest at or before it.
+        """Remove what nobody can need: keeps all from a step on, the newest at or before it, and pinned ones.
 
         Raises:
             CheckpointUnwritable: the disk refuses.
         """
         steps = self.steps()
         oldest_needed = max((step for step in steps if step <= keep_from_step), default=keep_from_step)
-        self._discard(*(step for step in steps if step < oldest_needed))
+        self._discard(*(step for step in steps if step < oldest_needed and step not in self._pins.pinned()))
+        self._sweep()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+    def _withdrawn(self, step: int) -> Path:
+        return self.folder / f"{_WITHDRAWN}{step:08d}"
+
+    def _put(self, folder: Path, step: int) -> None:
+        """A complete folder becomes the checkpoint of a step."""
+        self._discard(step)
+        folder.rename(self._path(step))
+        flush(self.folder)
 
     def _shards(self, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Tensors in name order, cut so that no shard exceeds the bound unless one tensor does."""
@@ -186,23 +246,29 @@ class CheckpointStore:
 
     def _discard(self, *steps: int) -> None:
         """Out of sight first, in one move: a removal that is cut short must not look like a checkpoint."""
-        for step in steps:
-            with _unwritable(f"removing the checkpoint of step {step}"), self._temporary() as trash:
-                if self._path(step).exists():
-                    self._path(step).rename(trash / "removed")
+        for step in filter(lambda step: self._path(step).exists(), steps):
+            if step in self._pins.pinned():
+                self._remove(self._withdrawn(step))
+                with unwritable(f"withdrawing the checkpoint of step {step}"):
+                    self._path(step).rename(self._withdrawn(step))
+            else:
+                self._remove(self._path(step))
 
-    def _read_manifest(self, step: int) -> bytes:
-        try:
-            return (self._path(step) / _MANIFEST).read_bytes()
-        except OSError as problem:
-            raise CheckpointInvalid(f"checkpoint of step {step} in {self.folder} cannot be read") from problem
+    def _sweep(self) -> None:
+        """Remove what was withdrawn and is not pinned any more."""
+        for path in self.folder.glob(f"{_WITHDRAWN}*"):
+            if path not in map(self._withdrawn, self._pins.pinned()):
+                self._remove(path)
 
-    def _manifest(self, step: int) -> _Manifest:
-        path = self._path(step)
-        try:
-            manifest = _Manifest.model_validate_json(self._read_manifest(step))
-        except ValidationError as problem:
-            raise CheckpointInvalid(f"the manifest of {path} is damaged") from problem
+    def _remove(self, path: Path) -> None:
+        with unwritable(f"removing {path}"), self._temporary() as trash:
+            if path.exists():
+                path.rename(trash / "removed")
+
+    def _manifest(self, step: int) -> Manifest:
+        return self._checked(read_manifest(self._path(step)), step, self._path(step))
+
+    def _checked(self, manifest: Manifest, step: int, path: Path) -> Manifest:
         if (manifest.run_id, manifest.stage, manifest.step) != (self.run_id, self.stage, step):
             raise CheckpointInvalid(
                 f"{path} is step {manifest.step} of stage {manifest.stage} of run {manifest.run_id}, "
@@ -210,35 +276,31 @@ class CheckpointStore:
             )
         return manifest
 
-    def _is_complete(self, step: int) -> bool:
-        path = self._path(step)
-        try:
-            manifest = _Manifest.model_validate_json((path / _MANIFEST).read_bytes())
-            return all((path / file.name).stat().st_size == file.size_bytes for file in manifest.files)
-        except (OSError, ValidationError):
-            return False
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return all((folder / file.name).stat().st_size == file.size_bytes for file in read_manifest(folder).files)
+    except (OSError, CheckpointInvalid):
+        return False
 
 
-def _write_shard(folder: Path, number: int, shard: Mapping[str, Tensor]) -> _ManifestFile:
+def _write_shard(folder: Path, number: int, shard: Mapping[str, Tensor]) -> ManifestFile:
     name = f"state-{number:05d}.safetensors"
     path = folder / name
     save_file({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, path)
-    _flush(path)
-    return _ManifestFile(name=name, size_bytes=path.stat().st_size, sha256=_sha256(path))
+    flush(path)
+    return ManifestFile(name=name, size_bytes=path.stat().st_size, sha256=_sha256(path))
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Until the disk has it: a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _hashed(folder: Path, file: ManifestFile) -> StateFile:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with (folder / file.name).open("rb") as opened:
+            whole, chunks = hash_file(opened)
+    except OSError as problem:
+        raise CheckpointInvalid(f"{folder / file.name} cannot be read: {problem}") from problem
+    if whole.hex() != file.sha256:
+        raise CheckpointInvalid(f"{folder / file.name} does not match its hash")
+    return StateFile(file.name, file.size_bytes, whole, chunks)
 
 
 def _sha256(path: Path) -> str:
@@ -257,18 +319,3 @@ def _remove_leftovers(folder: Path) -> None:
             continue  # its writer lives
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _unwritable(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as problem:
-        raise CheckpointUnwritable(f"{what} cannot be written: {problem}") from problem
-
-
-def _software_version() -> str:
-    try:
-        return metadata.version("resbm-node")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,11 +13,11 @@ from resbm_pb import stage_pb2
 from resbm_pb.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
 
 from stage_server.checkpoint import CheckpointStore
-from stage_server.errors import CheckpointInvalid, LinkLost, PortTaken, StageError, WrongRun
+from stage_server.errors import LinkLost, PortTaken, StageError, WrongRun
 from stage_server.grpc_links import ServerStream, abort, server_options
 from stage_server.links import FrameStream
+from stage_server.state_serving import StateLimits, StateServing
 
-CHUNK_BYTES = 1 << 20
 MAX_CONCURRENT_CALLS = 64
 SERVICE = "resbm.v1.Stage"
 
@@ -43,8 +41,9 @@ class StageService(StageServicer):
     `attach`, calls are answered "unavailable".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state_limits: StateLimits | None = None) -> None:
         self._stage: ServedStage | None = None
+        self._state = StateServing(state_limits or StateLimits())
 
     def attach(self, stage: ServedStage) -> None:
         """From now on calls reach this stage."""
@@ -61,31 +60,21 @@ class StageService(StageServicer):
 
     async def ListState(self, request: stage_pb2.ListStateRequest, context: Context) -> stage_pb2.ListStateReply:
         stage = await self._ready(context)
-        newest = request.step if request.HasField("step") else None
         try:
             _check_run(stage, request.run_id)
-            step, files = await asyncio.to_thread(_list, stage.checkpoints, newest)
+            return await self._state.list_state(stage.checkpoints, request)
         except StageError as error:
             await abort(context, error)
             raise
-        entries = (stage_pb2.StateFile(name=n, size_bytes=size, sha256=digest) for n, size, digest in files)
-        return stage_pb2.ListStateReply(step=step, files=entries)
 
-    async def FetchState(
-        self, request: stage_pb2.FetchStateRequest, context: Context
-    ) -> AsyncIterator[stage_pb2.StateChunk]:
+    async def FetchState(self, request: stage_pb2.FetchStateRequest, context: Context) -> None:  # type: ignore[override]
         stage = await self._ready(context)
         try:
             _check_run(stage, request.run_id)
-            file = await asyncio.to_thread(_open, stage.checkpoints, request)
+            await self._state.fetch_state(stage.checkpoints, request, context.peer(), context.write)
         except StageError as error:
             await abort(context, error)
             raise
-        with file:
-            offset = request.offset_bytes
-            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                yield stage_pb2.StateChunk(offset_bytes=offset, data=data)
-                offset += len(data)
 
     async def _ready(self, context: Context) -> ServedStage:
         if self._stage is None:
@@ -97,24 +86,6 @@ class StageService(StageServicer):
 def _check_run(stage: ServedStage, run_id: str) -> None:
     if run_id != stage.run_id:
         raise WrongRun(f"this peer serves run {stage.run_id!r}, not {run_id!r}")
-
-
-def _list(checkpoints: CheckpointStore, newest: int | None) -> tuple[int, list[tuple[str, int, bytes]]]:
-    steps = [step for step in checkpoints.steps() if newest is None or step <= newest]
-    if not steps:
-        raise CheckpointInvalid("this peer has no checkpoint" + ("" if newest is None else f" up to step {newest}"))
-    return steps[-1], checkpoints.files(steps[-1])
-
-
-def _open(checkpoints: CheckpointStore, request: stage_pb2.FetchStateRequest) -> BinaryIO:
-    """The file asked for, at the place asked for."""
-    file = checkpoints.open_file(request.step, request.name)
-    size = file.seek(0, os.SEEK_END)
-    if request.offset_bytes > size:
-        file.close()
-        raise CheckpointInvalid(f"{request.name} ends at byte {size}, before byte {request.offset_bytes}")
-    file.seek(request.offset_bytes)
-    return file
 
 
 class StageServer:

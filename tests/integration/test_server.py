@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +24,8 @@ from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CorruptFrame, LinkLost, PortTaken, StageError
 from stage_server.grpc_links import ERROR_METADATA, MIN_MESSAGE_LIMIT_BYTES, GrpcDialer, channel_options, describe
 from stage_server.links import FrameStream
-from stage_server.server import CHUNK_BYTES, ServedStage, StageServer, StageService
+from stage_server.server import ServedStage, StageServer, StageService
+from stage_server.state_listing import CHUNK_BYTES
 
 RUN_ID = "0123456789abcdef"
 UINT64_MAX = 2**64 - 1
@@ -48,7 +51,7 @@ def status(number: int) -> stage_pb2.UpstreamFrame:
 async def served(folder: Path, *, attach: bool = True) -> AsyncIterator[tuple[StageServer, str, StageService]]:
     store = CheckpointStore(folder, RUN_ID, 1)
     for step in (2, 4):
-        store.save(step, {"a": torch.full((700_000,), float(step)), "b": torch.ones(3)})
+        store.save(step, {"a": torch.full((700_000,), float(step)), "b": torch.ones(3)}, "first")
     service = StageService()
     stage = ServedStage(RUN_ID, lambda: stage_pb2.DescribeReply(run_id=RUN_ID, stage=1), echo, store)
     if attach:
@@ -75,8 +78,8 @@ def run(folder: Path, scenario: Callable[[StageServer, str, Any], Awaitable[None
     asyncio.run(bounded())
 
 
-async def fetched(channel: Any, name: str, *, step: int = 4, offset: int = 0) -> list[stage_pb2.StateChunk]:
-    request = stage_pb2.FetchStateRequest(run_id=RUN_ID, step=step, name=name, offset_bytes=offset)
+async def fetched(channel: Any, name: str, *, offset: int = 0, length: int = 0) -> list[stage_pb2.StateChunk]:
+    request = stage_pb2.FetchStateRequest(run_id=RUN_ID, step=4, name=name, offset_bytes=offset, length_bytes=length)
     return [chunk async for chunk in StageStub(channel).FetchState(request)]
 
 
@@ -106,7 +109,7 @@ def test_before_a_stage_is_attached_calls_are_unavailable(tmp_path: Path) -> Non
         calls = StageStub(channel)
         assert await refusal(calls.Describe(stage_pb2.DescribeRequest())) == unavailable
         assert await refusal(calls.ListState(stage_pb2.ListStateRequest(run_id=RUN_ID))) == unavailable
-        assert await refusal(fetched(channel, "manifest.json")) == unavailable
+        assert await refusal(fetched(channel, "state-00000.safetensors")) == unavailable
         stream = await GrpcDialer(1 << 20).dial(endpoint)
         with pytest.raises(LinkLost, match="no stage yet"):
             await stream.receive()
@@ -133,10 +136,17 @@ def test_state_is_listed_at_or_before_a_step(tmp_path: Path) -> None:
 
         newest = await listed()
         assert newest.step == 4
-        assert [file.name for file in newest.files] == ["state-00000.safetensors", "manifest.json"]
-        assert all(len(file.sha256) == 32 and file.size_bytes for file in newest.files)
+        (file,) = newest.files
+        assert (file.name, newest.stage, newest.lineage) == ("state-00000.safetensors", 1, "first")
+        whole = (tmp_path / "step-00000004" / file.name).read_bytes()
+        assert (file.size_bytes, file.sha256) == (len(whole), hashlib.sha256(whole).digest())
+        chunks = [whole[at : at + CHUNK_BYTES] for at in range(0, len(whole), CHUNK_BYTES)]
+        assert file.chunk_sha256 == b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
         assert (await listed(step=3)).step == 2
         assert (await listed(step=UINT64_MAX)).step == 4
+        assert (await listed(lineage="first")).step == 4
+        other = StageStub(channel).ListState(stage_pb2.ListStateRequest(run_id=RUN_ID, lineage="second"))
+        assert await refusal(other) == (grpc.StatusCode.FAILED_PRECONDITION, 401)
         none = StageStub(channel).ListState(stage_pb2.ListStateRequest(run_id=RUN_ID, step=1))
         assert await refusal(none) == (grpc.StatusCode.FAILED_PRECONDITION, 401)
 
@@ -147,9 +157,10 @@ def test_a_file_comes_in_bounded_chunks_from_any_offset(tmp_path: Path) -> None:
     async def scenario(server: StageServer, endpoint: str, channel: Any) -> None:
         name = "state-00000.safetensors"
         whole = (tmp_path / "step-00000004" / name).read_bytes()
-        for offset in (0, 1, CHUNK_BYTES, len(whole) - 1, len(whole)):
-            chunks = await fetched(channel, name, offset=offset)
-            assert b"".join(chunk.data for chunk in chunks) == whole[offset:]
+        offsets = (0, 1, CHUNK_BYTES, len(whole) - 1, len(whole))
+        for offset, length in itertools.product(offsets, (0, 1, CHUNK_BYTES + 1, UINT64_MAX)):
+            chunks = await fetched(channel, name, offset=offset, length=length)
+            assert b"".join(chunk.data for chunk in chunks) == whole[offset:][: length or None]
             assert all(len(chunk.data) <= CHUNK_BYTES for chunk in chunks)
             place = offset
             for chunk in chunks:
@@ -166,23 +177,25 @@ def test_a_file_comes_in_bounded_chunks_from_any_offset(tmp_path: Path) -> None:
         ({"name": ""}, 401),
         ({"name": "../step-00000002/manifest.json"}, 401),
         ({"name": "/etc/passwd"}, 401),
+        ({"name": "manifest.json"}, 401),
         ({"name": "manifest.json\0"}, 401),
         ({"step": 3}, 401),
         ({"step": UINT64_MAX}, 401),
         ({"offset_bytes": 2_800_300}, 401),
         ({"offset_bytes": UINT64_MAX}, 401),
+        ({"sha256": bytes(32)}, 401),
         ({"run_id": "another"}, 202),
         ({"run_id": ""}, 202),
     ],
-    ids=["unknown file", "no name", "other folder", "absolute", "zero byte", "unknown step", "far step",
-         "behind the end", "far behind the end", "other run", "no run"],
+    ids=["unknown file", "no name", "other folder", "absolute", "manifest", "zero byte", "unknown step", "far step",
+         "behind the end", "far behind the end", "another file meanwhile", "other run", "no run"],
 )  # fmt: skip
 def test_a_file_that_is_not_to_be_had_is_refused_with_a_code(change: dict[str, Any], code: int, tmp_path: Path) -> None:
     async def scenario(server: StageServer, endpoint: str, channel: Any) -> None:
         values = {"run_id": RUN_ID, "step": 4, "name": "state-00000.safetensors", "offset_bytes": 0} | change
         call = StageStub(channel).FetchState(stage_pb2.FetchStateRequest(**values))
         assert await refusal(call.read()) == (grpc.StatusCode.FAILED_PRECONDITION, code)
-        assert await fetched(channel, "manifest.json")  # the server lives on
+        assert await fetched(channel, "state-00000.safetensors")  # the server lives on
 
     run(tmp_path, scenario)
 

@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid, CheckpointUnwritable
+from stage_server.state_listing import CHUNK_BYTES
 
 RUN = "0123456789abcdef"
 
@@ -49,34 +53,168 @@ def test_what_is_loaded_is_what_was_saved(store: CheckpointStore) -> None:
     size_bytes = store.save(4, tensors())
     assert store.steps() == [4]
     assert same(store.load(4), tensors())
-    assert size_bytes == sum(size for _, size, _ in store.files(4)[:-1])
+    assert size_bytes == store.listing(4).size_bytes
 
 
 def test_shards_are_bounded_except_for_a_larger_tensor(store: CheckpointStore) -> None:
     store.save(1, tensors())
     header_bytes = 1024
-    sizes = [size for _, size, _ in store.files(1)[:-1]]
+    sizes = [file.size_bytes for file in store.listing(1).files]
     assert [size > 1024 + header_bytes for size in sizes] == [False, True, False]  # in the middle parameter.a, 16 KiB
 
 
 def test_listed_files_can_be_read_and_match_their_hashes(store: CheckpointStore) -> None:
     store.save(1, tensors())
-    for name, size_bytes, sha256 in store.files(1):
-        with store.open_file(1, name) as file:
-            data = file.read()
-        assert len(data) == size_bytes
-        assert hashlib.sha256(data).digest() == sha256
-    assert store.files(1)[-1][0] == "manifest.json"
+    for file in store.listing(1).files:
+        with store.open_file(1, file.name, file.sha256) as opened:
+            data = opened.read()
+        assert len(data) == file.size_bytes
+        assert hashlib.sha256(data).digest() == file.sha256
+        assert file.chunk_sha256 == (hashlib.sha256(data).digest(),)
 
 
-def test_a_copy_of_the_listed_files_is_a_checkpoint(store: CheckpointStore, tmp_path: Path) -> None:
+def test_every_mebibyte_has_a_hash(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, RUN, 2)
+    store.save(1, {"parameter.a": torch.randn(600_000)})
+    (file,) = store.listing(1).files
+    with store.open_file(1, file.name) as opened:
+        chunks = [opened.read(CHUNK_BYTES) for _ in range(3)]
+    assert file.chunk_sha256 == tuple(hashlib.sha256(chunk).digest() for chunk in chunks)
+
+
+def test_what_is_listed_is_read_once(store: CheckpointStore) -> None:
     store.save(1, tensors())
-    copy = CheckpointStore(tmp_path / "copy", RUN, 2)
-    (tmp_path / "copy" / "step-00000001").mkdir()
-    for name, _, _ in store.files(1):
-        with store.open_file(1, name) as file:
-            (tmp_path / "copy" / "step-00000001" / name).write_bytes(file.read())
-    assert same(copy.load(1), tensors())
+    listing = store.listing(1)
+    (store.folder / "step-00000001" / listing.files[0].name).write_bytes(b"spoiled")
+    assert store.listing(1) is listing
+    store.save(1, tensors(1))
+    assert store.listing(1) != listing
+
+
+def test_a_damaged_file_is_not_listed(store: CheckpointStore) -> None:
+    store.save(1, tensors())
+    path = store.folder / "step-00000001" / "state-00001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointInvalid, match="hash"):
+        store.listing(1)
+
+
+def test_replicas_with_equal_tensors_have_equal_listings(store: CheckpointStore, tmp_path: Path) -> None:
+    other = CheckpointStore(tmp_path / "other", RUN, 2, shard_bytes=1024)
+    store.save(1, tensors(), "history")
+    other.save(1, dict(reversed(tensors().items())), "history")
+    assert store.listing(1) == other.listing(1)
+    other.save(1, tensors(), "another")
+    assert store.listing(1) != other.listing(1)
+    assert store.listing(1).files == other.listing(1).files
+
+
+def test_lineage_is_kept_and_older_manifests_have_none(store: CheckpointStore) -> None:
+    store.save(1, tensors(), "l" * 64)
+    store.save(2, tensors())
+    assert [store.lineage(1), store.lineage(2)] == ["l" * 64, ""]
+    path = store.folder / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["lineage"]
+    path.write_text(json.dumps(manifest))
+    assert store.lineage(1) == ""
+    with pytest.raises(ValueError, match="64"):
+        store.save(3, tensors(), "l" * 65)
+    assert store.steps() == [1, 2]
+
+
+def copied(store: CheckpointStore, folder: Path) -> Path:
+    """The files of step 1, as a download leaves them."""
+    shutil.copytree(store.folder / "step-00000001", folder)
+    return folder
+
+
+def test_a_download_is_adopted(store: CheckpointStore) -> None:
+    store.save(1, tensors(1), "history")
+    copied(store, store.incoming)
+    store.save(1, tensors(2))
+    CheckpointStore(store.folder, RUN, 2)
+    assert store.adopt(store.incoming) == 1
+    assert same(store.load(1), tensors(1))
+    assert store.lineage(1) == "history"
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("victim", ["manifest.json", "state-00000.safetensors"])
+def test_half_a_download_is_not_adopted(store: CheckpointStore, victim: str) -> None:
+    store.save(1, tensors())
+    (copied(store, store.incoming) / victim).unlink()
+    with pytest.raises(CheckpointInvalid):
+        store.adopt(store.incoming)
+    assert same(store.load(1), tensors())
+
+
+def test_a_download_of_another_stage_is_not_adopted(store: CheckpointStore, tmp_path: Path) -> None:
+    store.save(1, tensors())
+    other = CheckpointStore(tmp_path / "other", RUN, 3)
+    with pytest.raises(CheckpointInvalid, match="stage"):
+        other.adopt(copied(store, other.incoming))
+
+
+LONG = timedelta(hours=1)
+OVER = timedelta(0)
+
+
+def test_a_pinned_checkpoint_is_not_pruned(store: CheckpointStore) -> None:
+    for step in (2, 4, 6):
+        store.save(step, tensors(step))
+    assert store.pin(2, LONG)
+    assert store.pin(4, OVER)
+    store.prune(6)
+    assert store.steps() == [2, 6]
+
+
+def read(store: CheckpointStore, step: int, name: str, sha256: bytes) -> bytes:
+    with store.open_file(step, name, sha256) as file:
+        return file.read()
+
+
+def test_a_pinned_checkpoint_that_is_discarded_can_be_read_but_is_none_any_more(store: CheckpointStore) -> None:
+    for step in (2, 4):
+        store.save(step, tensors(step))
+    file = store.listing(4).files[0]
+    data = read(store, 4, file.name, file.sha256)
+    store.pin(4, LONG)
+    store.discard_after(2)
+    assert store.steps() == [2]
+    assert read(store, 4, file.name, file.sha256) == data
+    with pytest.raises(CheckpointInvalid):
+        store.load(4)
+    store.save(4, tensors(99))  # the same step, redone otherwise: both can be read by their hashes
+    anew = store.listing(4).files[0]
+    assert anew.sha256 != file.sha256
+    assert read(store, 4, file.name, file.sha256) == data
+    assert read(store, 4, anew.name, anew.sha256) != data
+
+
+def test_what_was_withdrawn_goes_when_its_pin_expires(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(2, tensors(2))
+    file = store.listing(2).files[0]
+    store.pin(2, LONG)
+    store.discard_after(0)
+    store.prune(0)
+    assert read(store, 2, file.name, file.sha256)
+    monkeypatch.setattr(store._pins, "_clock", lambda: time.monotonic() + 2 * LONG.total_seconds())
+    store.prune(0)
+    assert list(store.folder.iterdir()) == []
+    with pytest.raises(CheckpointInvalid):
+        store.open_file(2, file.name)
+
+
+def test_pins_are_few_and_do_not_survive_a_restart(store: CheckpointStore) -> None:
+    for step in (1, 2, 3, 4):
+        store.save(step, tensors())
+    assert [store.pin(step, LONG) for step in (1, 2, 3, 4, 1)] == [True, True, True, False, True]
+    store.discard_after(0)
+    assert store.steps() == []
+    CheckpointStore(store.folder, RUN, 2)
+    assert list(store.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -98,7 +236,7 @@ def test_a_manifest_that_names_other_folders_is_refused(store: CheckpointStore) 
     path.write_text(json.dumps(manifest))
     assert store.steps() == []
     with pytest.raises(CheckpointInvalid):
-        store.files(1)
+        store.listing(1)
 
 
 def test_a_file_that_is_a_link_is_not_followed(store: CheckpointStore, tmp_path: Path) -> None:
@@ -224,7 +362,7 @@ def test_a_writer_killed_midway_leaves_no_checkpoint_and_is_cleaned_up_after(tmp
         def die(path):
             os.kill(os.getpid(), signal.SIGKILL)
         store = checkpoint.CheckpointStore(Path({str(folder)!r}), {RUN!r}, 0)
-        checkpoint._write_durably = lambda path, data: die(path)
+        checkpoint.write_manifest = lambda folder, manifest: die(folder)
         store.save(2, {{"parameter.a": torch.ones(3)}})
     """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
