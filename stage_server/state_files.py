@@ -20,7 +20,8 @@ from stage_server.manifest import flush, manifest_of, unwritable, write_manifest
 from stage_server.state_listing import MANIFEST, StateFile, StateListing, hash_file
 from stage_server.state_plan import Chunk, chunks_of
 
-_READ_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+_SHARDS: Final = "state-*.safetensors"
+_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
 
 
 def begin(folder: Path, listing: StateListing) -> list[Chunk]:
@@ -32,6 +33,10 @@ def begin(folder: Path, listing: StateListing) -> list[Chunk]:
     with unwritable(f"folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # what is there may be another state, and is in pieces from now on
+        names = {file.name for file in listing.files}
+        for path in folder.glob(_SHARDS):
+            if path.name not in names:
+                path.unlink()
         return [chunk for file in listing.files for chunk in _found(folder, file)]
 
 
@@ -44,7 +49,7 @@ def put(folder: Path, chunk: Chunk, data: bytes) -> bool:
     if hashlib.sha256(data).digest() != chunk.sha256:
         return False
     with unwritable(f"{chunk.name} in {folder}"):
-        descriptor = os.open(folder / chunk.name, _READ_WRITE, 0o644)
+        descriptor = os.open(folder / chunk.name, _FLAGS, 0o644)
         try:
             written = 0
             while written < len(data):

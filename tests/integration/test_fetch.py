@@ -400,9 +400,11 @@ def test_a_folder_with_another_state_becomes_this_one(tmp_path: Path) -> None:
         donor = Peer(tmp_path / "peer", steps=(2, 4))
         async with serving(donor) as endpoints:
             await fetch_state(endpoints, RUN_ID, tmp_path / "own", step=2)
+            (tmp_path / "own" / "state-00099.safetensors").write_bytes(b"of a state with more files")
             assert_whole(await fetch_state(endpoints, RUN_ID, tmp_path / "own"), tmp_path / "own")
 
     run(scenario())
+    assert not list(tmp_path.rglob("state-00099.safetensors"))
 
 
 def test_a_disk_that_refuses_is_a_typed_error(tmp_path: Path) -> None:
