@@ -89,6 +89,11 @@ class BottleneckConfig(Frozen):
     norm: bool = Field(True, description="RMSNorm of the latent, without which latents explode over boundaries")
     gain: bool = Field(True, description="learned gain per latent channel in the decoder")
     anchor: AnchorKind = Field(AnchorKind.EMBEDDING, description="token embedding of each stage's own")
+    bias: bool = Field(
+        False,
+        description="a learned vector that each stage adds to the stream it starts from; at the first stage even with "
+        "enabled = false",
+    )
     taps: int = Field(
         0, ge=0, description="earlier tokens whose embeddings each stage mixes into its anchor, a weight per channel"
     )

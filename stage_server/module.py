@@ -27,6 +27,8 @@ from stage_server.local_context import LocalContext
 
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
+INITIAL_RATIO = 2.5
+"""Initial RMS of decoded latents, and of a bias, over that of the anchors."""
 
 
 def layer_range(num_layers: int, num_stages: int, stage: int) -> range:
@@ -111,16 +113,18 @@ class StageModule(nn.Module):
                 self.anchors[str(self.stage)] = nn.Embedding(config.model.vocab_size, hidden)
         if not self.is_last:
             self.boundaries[str(self.stage)] = sending_side(bottleneck, hidden, width)
-        self.contexts = nn.ModuleDict()
+        self.contexts, self.biases = nn.ModuleDict(), nn.ParameterDict()
         if bottleneck.enabled and (bottleneck.taps or bottleneck.pair_rows):
             self.contexts[str(self.stage)] = LocalContext(bottleneck.taps, bottleneck.pair_rows, hidden)
+        if bottleneck.bias and (bottleneck.enabled or self.is_first):
+            self.biases[str(self.stage)] = nn.Parameter(torch.empty(hidden))
 
     def _materialise(self, config: StageConfig, device: torch.device) -> None:
         """Give each parameter its memory and initial values, one by one: the peak is the stage and one parameter."""
         for path, module in self.named_modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 value = initial_value(config, f"{path}.{leaf}" if path else leaf, parameter.shape)
-                setattr(module, leaf, nn.Parameter(value.to(device)))
+                module.register_parameter(leaf, nn.Parameter(value.to(device)))
         self.rotary.to(device)
 
     def _confine(self, config: StageConfig, device: torch.device) -> None:
@@ -165,15 +169,19 @@ class StageModule(nn.Module):
             if fixed_BTD is not None:
                 return fixed_BTD + subspace.project(embedded_BTD, self.basis), fixed_BTD
             embedded_BTD = self._in_context(ids_BT, embedded_BTD)
-            return embedded_BTD, embedded_BTD  # the first stage's anchor is the embedding itself
+            return self._biased(embedded_BTD), embedded_BTD  # the first stage's anchor is the embedding itself
         key = str(self.stage)
         anchor_BTD = self._in_context(ids_BT, self.anchors[key](ids_BT)) if key in self.anchors else fixed_BTD
-        return self._boundary(self.stage - 1).decode(latents_BTh, anchor_BTD), anchor_BTD
+        return self._biased(self._boundary(self.stage - 1).decode(latents_BTh, anchor_BTD)), anchor_BTD
 
     def _in_context(self, ids_BT: Tensor, anchor_BTD: Tensor) -> Tensor:
         """The anchor with what the tokens before say of each token."""
         key = str(self.stage)
         return self.contexts[key](ids_BT, anchor_BTD) if key in self.contexts else anchor_BTD
+
+    def _biased(self, x_BTD: Tensor) -> Tensor:
+        key = str(self.stage)
+        return x_BTD + self.biases[key] if key in self.biases else x_BTD
 
     def _boundary(self, index: int) -> Boundary:
         return cast(Boundary, self.boundaries[str(index)])
@@ -192,7 +200,7 @@ def initial_gain(config: StageConfig) -> float:
     """
     if not config.bottleneck.norm:
         return 1.0  # the stream crosses at its own scale
-    return 2.5 * config.model.initializer_range * math.sqrt(config.model.hidden_size / config.latent_width)
+    return INITIAL_RATIO * config.model.initializer_range * math.sqrt(config.model.hidden_size / config.latent_width)
 
 
 def initial_value(config: StageConfig, name: str, shape: torch.Size) -> Tensor:
@@ -202,6 +210,8 @@ def initial_value(config: StageConfig, name: str, shape: torch.Size) -> Tensor:
         name = EMBEDDING_NAME
     if leaf == "bias" or owner == "contexts":
         return torch.zeros(shape)
+    if owner == "biases":
+        return torch.full(shape, INITIAL_RATIO * config.model.initializer_range)
     if leaf == "gain":
         return torch.full(shape, initial_gain(config))
     if len(shape) == 1:

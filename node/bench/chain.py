@@ -52,8 +52,19 @@ class Chain:
     def evaluate(self, read: Callable[[MicrobatchId], TokenIds]) -> float:
         """Mean loss of the run's validation microbatches with the present weights, nats per token."""
         indices = range(self._config.plan.evaluation_microbatches)
-        names = [MicrobatchId(StepIndex(0), MicrobatchKind.EVALUATE, index) for index in indices]
+        names = [_evaluation(index) for index in indices]
         return mean_loss([self._validation_loss(name, read(name)) for name in names])
+
+    def evaluate_with_strange_latents(self, read: Callable[[MicrobatchId], TokenIds]) -> float:
+        """The same when the last stage gets the latents of another text: a wire that says something makes this worse.
+
+        The first microbatch's stranger is the last one.
+        """
+        *before, last = self._stages
+        names = [_evaluation(index) for index in range(self._config.plan.evaluation_microbatches)]
+        latents = [self._latents(before, name, read(name)) for name in names]
+        losses = [last.evaluate(name, read(name), latents[index - 1]) for index, name in enumerate(names)]
+        return mean_loss([_as_loss(loss) for loss in losses])
 
     def num_parameters(self) -> int:
         """Of all stages together."""
@@ -75,14 +86,18 @@ class Chain:
             stage.load_state_tensors(own)
 
     def _validation_loss(self, name: MicrobatchId, token_ids: TokenIds) -> float:
-        carried: Packed | float | None = None
-        for stage in self._stages:
-            if isinstance(carried, float):
+        *before, last = self._stages
+        return _as_loss(last.evaluate(name, token_ids, self._latents(before, name, token_ids)))
+
+    def _latents(self, stages: Sequence[StageTrainer], name: MicrobatchId, token_ids: TokenIds) -> Packed | None:
+        """What the last of these stages sends; None of no stage."""
+        latents: Packed | None = None
+        for stage in stages:
+            sent = stage.evaluate(name, token_ids, latents)
+            if isinstance(sent, float):
                 raise RuntimeError("only the last stage has a loss")
-            carried = stage.evaluate(name, token_ids, carried)
-        if not isinstance(carried, float):
-            raise RuntimeError("the last stage has no loss")
-        return carried
+            latents = sent
+        return latents
 
     def _microbatch(
         self, name: MicrobatchId, read: Callable[[MicrobatchId], TokenIds], crossings: Sequence[Crossings]
@@ -105,3 +120,13 @@ class Chain:
 
 def _name(step: int, index: int) -> MicrobatchId:
     return MicrobatchId(StepIndex(step), MicrobatchKind.TRAIN, index)
+
+
+def _evaluation(index: int) -> MicrobatchId:
+    return MicrobatchId(StepIndex(0), MicrobatchKind.EVALUATE, index)
+
+
+def _as_loss(output: Packed | float) -> float:
+    if not isinstance(output, float):
+        raise RuntimeError("the last stage has no loss")
+    return output

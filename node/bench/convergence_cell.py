@@ -83,6 +83,7 @@ class _Training:
     def _point(self, step: int, val_loss: float, train_loss: float | None, counter: FrameCounter | None) -> Point:
         spec, plan = self._spec, self._config.plan
         traffic = counter.traffic if counter else None
+        is_last = step == plan.steps and self._config.stages > 1
         return Point(
             variant=spec.variant,
             rate=spec.rate,
@@ -92,6 +93,7 @@ class _Training:
             tokens=step * plan.microbatches_per_step * plan.batch * plan.tokens,
             val_loss=val_loss,
             train_loss=train_loss,
+            strange_loss=self._chain.evaluate_with_strange_latents(self._corpus.microbatch) if is_last else None,
             wire_compression=traffic.compression if traffic else None,
             wire_bytes_per_token=(
                 (traffic.forward.total + traffic.backward.total) / traffic.num_tokens if traffic else None

@@ -31,6 +31,7 @@ class Point(Frozen):
     tokens: int
     val_loss: float
     train_loss: float | None  # mean since the evaluation before; None before the first step
+    strange_loss: float | None = None  # validation with latents of another text; at the last step, of several stages
     wire_compression: float | None  # of the frames of the last step; None with one stage
     wire_bytes_per_token: float | None  # one link, both directions
     parameters: int

@@ -32,6 +32,12 @@ class Result:
         return statistics.mean(self.losses)
 
     @property
+    def wire_worth(self) -> float | None:
+        """What latents say: how much worse the last stage does with those of another text, nats per token."""
+        worths = [last.strange_loss - last.val_loss for *_, last in self.cells if last.strange_loss is not None]
+        return statistics.mean(worths) if worths else None
+
+    @property
     def wire_compression(self) -> float | None:
         """Over the training: dense bytes / wire bytes at all evaluations, all seeds."""
         points = [point for cell in self.cells for point in cell]
@@ -77,6 +83,7 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
     for role in ("ours_128x", "ours_512x"):
         if role in by_role:
             summary[f"wire_compression_{role.removeprefix('ours_')}"] = by_role[role].wire_compression
+    summary["wire_worth"] = {r.variant.name: r.wire_worth for r in results if r.wire_worth is not None}
     if noise := seed_noise(results):
         summary["seed_noise"] = noise
     return summary
@@ -101,10 +108,12 @@ def table_of(results: Sequence[Result]) -> Table:
             f"{result.loss:.3f}",
             f"{min(result.losses):.3f} to {max(result.losses):.3f}",
             f"{result.loss - fair.loss:+.3f}" if fair else "",
+            "-" if result.wire_worth is None else f"{result.wire_worth:.3f}",
         ]
         for result in results
     ]
     columns = ["variant", "M parameters", "wire compression", "rate x", "seeds", "val loss", "over seeds", "- fair"]
+    columns += ["worth of the wire"]
     return Table("validation loss, nats per token, at equal tokens", columns, rows)
 
 

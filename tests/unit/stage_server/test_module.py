@@ -187,6 +187,7 @@ def test_names_say_where_a_parameter_belongs() -> None:
         {"anchor": "none"},
         {"anchor": "independent"},
         {"taps": 2, "pair_rows": 64},
+        {"bias": True},
         {"width": 32, "projection": "none"},  # uncompressed, with norm and anchors: the fair control
         {"identity": False, "norm": False, "gain": False, "anchor": "none"},
     ],
