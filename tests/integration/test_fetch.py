@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,28 @@ def assert_whole(state: FetchedState, folder: Path, step: int = STEP) -> None:
     assert own.lineage(step) == LINEAGE
 
 
+def wait_for(donors: list[Peer], condition: Callable[[], object]) -> None:
+    """These give nothing before something is so: a download must not be over before the others have taken part."""
+
+    async def wait(_: int) -> None:
+        while not condition():  # noqa: ASYNC110 - nobody is told
+            await asyncio.sleep(0.01)
+
+    for donor in donors:
+        donor.on_fetch = wait
+
+
 # -- several donors ---------------------------------------------------------------------------------------------
 
 
 def test_several_peers_give_one_state_together(tmp_path: Path) -> None:
     async def scenario() -> None:
         told: list[StateProgress] = []
-        async with serving(*(donors := peers(tmp_path))) as endpoints:
+        donors = peers(tmp_path)
+        wait_for(donors, lambda: all(donor.requests for donor in donors))
+        async with serving(*donors) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", on_progress=told.append)
         listing = donors[0].store.listing(STEP)
-        assert all(donor.requests for donor in donors)
         assert set().union(*(donor.requests for donor in donors)) == all_chunks(listing)
         assert_whole(state, tmp_path / "own")
         assert [one.done_bytes for one in told] == sorted({one.done_bytes for one in told})
@@ -103,10 +116,10 @@ def test_a_peer_that_dies_midway_is_done_without(tmp_path: Path) -> None:
             if number == 4:
                 await donors[1].server.stop(0)
 
+        wait_for([donors[0], donors[2]], lambda: len(donors[1].requests) >= 4)
         donors[1].on_fetch = die
         async with serving(*donors) as endpoints:
             assert_whole(await fetch_state(endpoints, RUN_ID, tmp_path / "own"), tmp_path / "own")
-        assert len(donors[1].requests) >= 4
 
     run(scenario())
 
@@ -134,6 +147,7 @@ def test_a_peer_that_sends_wrong_bytes_is_named_and_left_out(tmp_path: Path) -> 
     async def scenario() -> None:
         donors, dropped = peers(tmp_path), Dropped()
         donors[0].spoil()
+        wait_for(donors[1:], lambda: donors[0].requests)
         async with serving(*donors) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", on_drop=dropped)
         assert_whole(state, tmp_path / "own")
@@ -166,6 +180,7 @@ def test_a_peer_that_lists_other_hashes_than_most_is_left_out(tmp_path: Path) ->
     async def scenario() -> None:
         donors, dropped = peers(tmp_path), Dropped()
         donors[0].on_list = lie_about_hashes
+        wait_for(donors[1:], lambda: dropped)
         async with serving(*donors) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", on_drop=dropped)
         assert_whole(state, tmp_path / "own")
@@ -203,11 +218,31 @@ def test_a_peer_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
         async def stall(_: int) -> None:
             await asyncio.Event().wait()
 
+        wait_for(donors[:2], lambda: donors[2].requests)
         donors[2].on_fetch = stall
         async with serving(*donors) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", idle_limit=NEVER)
         assert_whole(state, tmp_path / "own")
-        assert donors[2].requests
+
+    run(scenario())
+
+
+def test_one_honest_peer_among_a_dying_a_lying_and_a_stalled_one_is_enough(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        _, dying, lying, stalled = donors = peers(tmp_path, 4)
+
+        async def die(number: int) -> None:
+            await dying.server.stop(0)
+
+        async def stall(_: int) -> None:
+            await asyncio.Event().wait()
+
+        wait_for([donors[0], lying], lambda: all(donor.requests for donor in donors))
+        dying.on_fetch, stalled.on_fetch = die, stall
+        lying.spoil()
+        async with serving(*reversed(donors)) as endpoints:
+            state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", idle_limit=NEVER)
+        assert_whole(state, tmp_path / "own")
 
     run(scenario())
 
