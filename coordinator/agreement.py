@@ -23,7 +23,7 @@ weights (`Resync`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 PeerId = str
@@ -46,7 +46,7 @@ class Tally:
     version: int  # later tallies of a peer have larger ones
     committed: int  # steps
     lineage: str  # digest of all sums committed so far: replicas that agree on it hold the same weights
-    counted: Indices  # training microbatches of step committed + 1 that its gradient sum holds
+    counted: Indices  # microbatches of step committed + 1 that its gradient sum holds
     round: int = 0  # newest round of that step it has seen
     averaged: Averaged | None = None  # newest sum of that step it has got
     failed: int = 0  # newest round of that step that failed here
@@ -151,16 +151,21 @@ class StageAgreement:
 
     Args:
         peer: who this is.
-        microbatches: training microbatches of a step.
+        microbatches: how many a step has, by step; 0 beyond the last.
         committed: steps that this replica's weights hold.
         lineage: digest of those steps.
         version: what its tallies are numbered from; more than any that an earlier life of this peer has told.
     """
 
     def __init__(
-        self, peer: PeerId, microbatches: int, committed: int = 0, lineage: str = INITIAL, version: int = 0
+        self,
+        peer: PeerId,
+        microbatches: Callable[[int], int],
+        committed: int = 0,
+        lineage: str = INITIAL,
+        version: int = 0,
     ) -> None:
-        self.peer, self.microbatches = peer, microbatches
+        self.peer, self._microbatches = peer, microbatches
         self.committed, self.lineage = committed, lineage
         self._step = _Step()
         self._version = version
@@ -170,6 +175,11 @@ class StageAgreement:
         self._resyncing = False
 
     # -- what is so ---------------------------------------------------------------------------------------------
+
+    @property
+    def microbatches(self) -> int:
+        """How many the present step has."""
+        return self._microbatches(self.committed + 1)
 
     @property
     def is_frozen(self) -> bool:
@@ -365,7 +375,12 @@ class StageAgreement:
         return both and mine != theirs
 
     def _lead(self) -> list[Action]:
-        if self.is_frozen or self._is_awaited() or leader_of(self._eligible(), self._claims) != self.peer:
+        if (
+            self.is_frozen
+            or not self.microbatches
+            or self._is_awaited()
+            or leader_of(self._eligible(), self._claims) != self.peer
+        ):
             return []
         others = self._peers_at_this_step()
         shares = shares_of((self.tally(), *others), self.microbatches)

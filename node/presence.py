@@ -88,7 +88,7 @@ class Presence:
         """
         while True:
             await self._unless_dead(self._look)
-            linked = self._peer.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
+            linked = self._peer.neighbours.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
             await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
 
     async def leave(self) -> None:
@@ -99,7 +99,7 @@ class Presence:
             log.warning("the entry stays until it expires: %s", error)
 
     async def _look(self) -> None:
-        ledger, linked = self._peer.ledger, self._peer.links_open[Side.DOWNSTREAM]
+        ledger, linked = self._peer.ledger, self._peer.neighbours.links_open[Side.DOWNSTREAM]
         snapshot = await self._swarm.snapshot(self._entry.run_id, ledger.num_stages)
         remember(
             self._state_folder,

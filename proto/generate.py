@@ -12,7 +12,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent
-SERVICES = ("stage.proto",)
+SERVICES = ("replicas.proto", "stage.proto")
 
 
 def generate(out: Path) -> None:

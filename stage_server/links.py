@@ -18,11 +18,10 @@ from resbm_pb import stage_pb2
 from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, Oversized, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
 from stage_server.ids import MicrobatchId
-from stage_server.ledger import Forwarded, Returned, Side
+from stage_server.ledger import Declined, Forwarded, Outbound, Returned, Side
 from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
 
 Frame = stage_pb2.UpstreamFrame | stage_pb2.DownstreamFrame
-Outbound = Forwarded | Returned
 GoodbyeReason: TypeAlias = "stage_pb2.Goodbye.Reason.ValueType"
 
 STATUS_INTERVAL = timedelta(seconds=1)
@@ -69,33 +68,34 @@ class LinkHost(Protocol):
 
     identity: LinkIdentity
 
-    def holdings(self, side: Side) -> tuple[int, list[MicrobatchId]]:
+    def holdings(self) -> tuple[int, list[MicrobatchId]]:
         """(committed step, microbatches that need not be sent) for the handshake."""
 
-    def link_opened(
-        self, session: LinkSession, side: Side, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]
-    ) -> list[Outbound]:
+    def link_opened(self, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]) -> list[Outbound]:
         """The neighbour has said who it is; returns what it lacks. Raises to refuse the link.
 
-        From here on whatever is computed for that neighbour goes through `session`.
+        From here on whatever is computed for that neighbour goes through this session.
         """
 
-    def link_received(self, side: Side, frame: Frame) -> None:
+    def link_received(self, frame: Frame) -> None:
         """Latents or gradients came in. Raises FrameError to refuse them and end the link."""
 
-    def link_status(self, side: Side) -> tuple[int, int | None]:
-        """(committed step, durable step) to report."""
+    def link_declined(self, names: Iterable[MicrobatchId]) -> None:
+        """The neighbour cannot compute these any more."""
 
-    def link_received_status(self, side: Side, committed: int, durable: int | None) -> None:
+    def link_status(self) -> tuple[int, int | None, int]:
+        """(committed step, durable step, settled step) to report."""
+
+    def link_received_status(self, committed: int, durable: int | None, settled: int) -> None:
         """The neighbour's progress."""
 
-    def link_goodbye(self, side: Side, reason: GoodbyeReason) -> None:
+    def link_goodbye(self, reason: GoodbyeReason) -> None:
         """The neighbour leaves on purpose."""
 
-    def count_sent(self, side: Side, num_bytes: int, items: Sequence[Outbound]) -> None:
+    def count_sent(self, num_bytes: int, items: Sequence[Outbound]) -> None:
         """A frame was handed to the transport."""
 
-    def count_received(self, side: Side, num_bytes: int) -> None:
+    def count_received(self, num_bytes: int) -> None:
         """A frame came from the transport."""
 
 
@@ -125,6 +125,11 @@ class LinkSession:
         if not self._report_due:
             self._report_due = True
             self._queue.put_nowait(None)
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the neighbour said anything; 0 before the first frame after the handshake."""
+        return asyncio.get_running_loop().time() - self._last_heard if self._last_heard else 0.0
 
     def supersede(self) -> None:
         """Ends the session: the neighbour has opened a newer stream."""
@@ -168,15 +173,15 @@ class LinkSession:
         if len(peer.open.held) > MAX_HELD or len(peer.open.peer_id) > MAX_PEER_ID_CHARACTERS:
             raise Oversized(f"the {self._side} peer's Open names {len(peer.open.held)} microbatches")
         held = decode_held(peer.open.held)
-        for item in self._host.link_opened(self, self._side, identity, peer.open.committed_step, held):
+        for item in self._host.link_opened(identity, peer.open.committed_step, held):
             self.send(item)
-        self._host.count_received(self._side, peer.ByteSize())
+        self._host.count_received(peer.ByteSize())
         if self._side is Side.UPSTREAM:
             await self._send_frame(open=self._open())
 
     def _open(self) -> stage_pb2.Open:
         identity = self._host.identity
-        committed, held = self._host.holdings(self._side)
+        committed, held = self._host.holdings()
         return stage_pb2.Open(
             protocol_version=PROTOCOL_VERSION,
             run_id=identity.run_id,
@@ -207,7 +212,8 @@ class LinkSession:
     async def _send_queued(self) -> None:
         while True:
             item = await self._queue.get()
-            items: list[Outbound] = []
+            items: list[Forwarded | Returned] = []
+            declined: list[MicrobatchId] = []
             report = False
             goodbye: stage_pb2.Goodbye | None = None
             size = 0
@@ -216,6 +222,8 @@ class LinkSession:
                     goodbye = item
                 elif item is None:
                     report = True
+                elif isinstance(item, Declined):
+                    declined.append(item.name)
                 else:
                     items.append(item)
                     size += item.body.ByteSize()
@@ -224,13 +232,16 @@ class LinkSession:
                     break
                 item = self._queue.get_nowait()
             await self._send_items(items)
+            if declined:
+                frame = stage_pb2.DownstreamFrame(declined=stage_pb2.DeclinedFrame(microbatches=encode_held(declined)))
+                await self._send(frame)
             if report:
                 await self._send_status()
             if goodbye:
                 await self._send_frame(goodbye=goodbye)
                 self._said_goodbye.set()
 
-    async def _send_items(self, items: list[Outbound]) -> None:
+    async def _send_items(self, items: list[Forwarded | Returned]) -> None:
         if not items:
             return
         bodies = [item.body for item in items]
@@ -242,16 +253,17 @@ class LinkSession:
             gradients = stage_pb2.GradientsFrame(microbatches=bodies, sequence=self._frames_sent)
             frame = stage_pb2.DownstreamFrame(gradients=gradients)
         await self._stream.send(frame)
-        self._host.count_sent(self._side, frame.ByteSize(), items)
+        self._host.count_sent(frame.ByteSize(), items)
 
     async def _send_status(self) -> None:
-        committed, durable = self._host.link_status(self._side)
+        committed, durable, settled = self._host.link_status()
         self._report_due = False
         self._statuses_sent += 1
         status = stage_pb2.LinkStatus(
             frames_sent=self._frames_sent,
             committed_step=committed,
             durable_step=durable,
+            settled_step=settled,
             sequence=self._statuses_sent,
         )
         await self._send_frame(status=status)
@@ -264,9 +276,11 @@ class LinkSession:
         goodbye: stage_pb2.Goodbye | None = None,
     ) -> None:
         kind = stage_pb2.UpstreamFrame if self._side is Side.DOWNSTREAM else stage_pb2.DownstreamFrame
-        frame = kind(open=open, status=status, goodbye=goodbye)
+        await self._send(kind(open=open, status=status, goodbye=goodbye))
+
+    async def _send(self, frame: Frame) -> None:
         await self._stream.send(frame)
-        self._host.count_sent(self._side, frame.ByteSize(), ())
+        self._host.count_sent(frame.ByteSize(), ())
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
@@ -275,7 +289,7 @@ class LinkSession:
             frame = await self._stream.receive()
             frame.DiscardUnknownFields()  # what is kept and passed on holds nothing that was not checked
             self._last_heard = loop.time()
-            self._host.count_received(self._side, frame.ByteSize())
+            self._host.count_received(frame.ByteSize())
             self._take(frame)
 
     def _take(self, frame: Frame) -> None:
@@ -285,13 +299,15 @@ class LinkSession:
         elif body in ("latents", "gradients"):
             data = frame.latents if isinstance(frame, stage_pb2.UpstreamFrame) else frame.gradients
             self._arrivals.note(data.sequence)
-            self._host.link_received(self._side, frame)
+            self._host.link_received(frame)
+        elif body == "declined" and isinstance(frame, stage_pb2.DownstreamFrame):
+            self._host.link_declined(decode_held(frame.declined.microbatches[:MAX_HELD]))
         elif body == "goodbye":
             if frame.goodbye.reason == stage_pb2.Goodbye.REASON_REFUSED:
                 raise refusal(frame.goodbye.code, frame.goodbye.detail)
             if frame.goodbye.reason not in stage_pb2.Goodbye.Reason.values():
                 raise ProtocolViolation(f"a goodbye for the unknown reason {frame.goodbye.reason}")
-            self._host.link_goodbye(self._side, frame.goodbye.reason)
+            self._host.link_goodbye(frame.goodbye.reason)
         else:
             raise ProtocolViolation(f"a frame with {body or 'nothing'} in it where the link is open already")
 
@@ -302,7 +318,7 @@ class LinkSession:
             return
         self._newest_status = status.sequence
         durable = status.durable_step if status.HasField("durable_step") else None
-        self._host.link_received_status(self._side, status.committed_step, durable)
+        self._host.link_received_status(status.committed_step, durable, status.settled_step)
 
     async def _watch(self) -> None:
         """Says something every STATUS_INTERVAL, and gives up on a neighbour that says nothing for SILENCE_LIMIT."""

@@ -8,23 +8,27 @@ sends, receives, checks and answers.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from resbm_pb import stage_pb2
+from resbm_pb import stage_pb2, tensors_pb2
+from torch import Tensor
 
 from stage_server.checkpoint import CheckpointStore
+from stage_server.codec import Packed
 from stage_server.concurrency import until_first_ends
-from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded, StateLost
+from stage_server.errors import FrameError, ProtocolViolation, RewindNeeded, StageError
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
-from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession, Outbound
+from stage_server.ledger import SOLE, Backward, Checkpoint, Commit, Forward, Outbound, Side, StageLedger, Task
+from stage_server.links import Dialer, Frame, FrameStream, LinkIdentity
+from stage_server.neighbours import Neighbours
 from stage_server.profile import Work
+from stage_server.replica_trainer import ReplicaTrainer
 from stage_server.reports import (
     CheckpointReport,
     CompleteReport,
@@ -40,13 +44,11 @@ from stage_server.trainer import Direction, StageTrainer
 from stage_server.window import CreditWindow, Pace, PaceMeter
 from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
 
-REDIAL_FIRST = timedelta(milliseconds=50)
-REDIAL_LONGEST = timedelta(seconds=2)
-GOODBYE_LIMIT = timedelta(seconds=2)
+T = TypeVar("T")
 
 
 class StagePeer:
-    """Serves one stage until the run is complete or it is told to drain. Implements LinkHost."""
+    """Serves one stage until the run is complete or it is told to drain. Implements NeighbourHost."""
 
     def __init__(
         self,
@@ -60,7 +62,10 @@ class StagePeer:
         dialer: Dialer,
         report: Callable[[Report], None],
     ) -> None:
-        """`source` gives the first stage its token ids [B, T+1]; None on every other stage."""
+        """`source` gives the first stage its token ids [B, T+1]; None on every other stage.
+
+        `trainer` is a ReplicaTrainer where the ledger is shared.
+        """
         self.identity = identity
         self.ledger = ledger
         self.totals = Totals()
@@ -69,17 +74,22 @@ class StagePeer:
         self._wire = wire
         self._checkpoints = checkpoints
         self._source = source
-        self._dialer = dialer
         self._report = report
         self._window = CreditWindow(ledger.num_stages)
-        self._sessions: dict[Side, LinkSession] = {}
-        self._next_hop: str | None = None
-        self._next_hop_known = asyncio.Event()
+        self.neighbours = Neighbours(self, dialer)
+        self.on_progress: Callable[[], None] | None = None
+        """Called whenever the ledger may have changed."""
+        self.lineage: Callable[[], str] = str
+        """Digest of the committed steps, kept with every checkpoint; empty where stages are not shared."""
+        self.total: Tensor | None = None
+        """[N] gradient sum that replicas have agreed on for the commit that is due; None: this peer's own."""
+        self._orders: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._wake = asyncio.Event()
         self._draining = False
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = _StepClock(self.totals)
         self._sent_at: dict[MicrobatchId, float] = {}
+        self._evaluated: int | None = None  # the committed step whose validation loss was reported
         self._reported_complete = False
         self._pruned_to: int | None = None
 
@@ -90,7 +100,9 @@ class StagePeer:
 
         Raises RewindNeeded, StateLost, CheckpointUnwritable or NotFinite when it cannot go on.
         """
-        errors = await until_first_ends(self._work_and_leave(), self._keep_downstream(), self._fail_when_told())
+        errors = await until_first_ends(
+            self._work_and_leave(), self.neighbours.keep_downstream(), self._fail_when_told()
+        )
         if errors:
             raise errors[0]
 
@@ -104,18 +116,8 @@ class StagePeer:
         self._checkpoints.discard_after(to_step)
 
     def set_next_hop(self, endpoint: str) -> None:
-        """Where the downstream peer is to be dialled from now on."""
-        self._next_hop = endpoint
-        self._next_hop_known.set()
-
-    @property
-    def links_open(self) -> dict[Side, bool]:
-        return {side: side in self._sessions for side in Side}
-
-    @property
-    def next_hop(self) -> str | None:
-        """Where the downstream peer is dialled; None while unknown."""
-        return self._next_hop
+        """Where the peer of the next stage is to be dialled from now on, where there is but one."""
+        self.neighbours.set_next_hops({SOLE: endpoint})
 
     @property
     def codec_errors(self) -> Mapping[Direction, float]:
@@ -132,8 +134,7 @@ class StagePeer:
     async def _leave(self) -> None:
         complete = self.ledger.complete
         reason = stage_pb2.Goodbye.REASON_RUN_COMPLETE if complete else stage_pb2.Goodbye.REASON_DRAINING
-        sessions = list(self._sessions.values())
-        await asyncio.gather(*(session.say_goodbye(reason, GOODBYE_LIMIT) for session in sessions))
+        await self.neighbours.say_goodbye(reason)
 
     # -- device -------------------------------------------------------------------------------------------------
 
@@ -142,6 +143,7 @@ class StagePeer:
             while not self._draining:
                 self._wake.clear()
                 await self._prune(device)
+                await self._obey(device)
                 task = self.ledger.next_task()
                 if task is None:
                     await self._wait()
@@ -149,6 +151,26 @@ class StagePeer:
                     await self._perform(device, task)
             if self.ledger.unsaved:
                 await self._perform(device, Checkpoint(StepIndex(self.ledger.committed)))
+
+    async def order(self, what: Callable[[], T]) -> T:
+        """Runs something on the device thread, between two tasks, and returns its result."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._orders.append((what, done))
+        self._wake.set()
+        return await done
+
+    async def _obey(self, device: ThreadPoolExecutor) -> None:
+        while self._orders:
+            what, done = self._orders.popleft()
+            try:
+                with self._clock.computing():
+                    result = await asyncio.get_running_loop().run_in_executor(device, what)
+            except StageError as error:
+                if not done.done():
+                    done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(result)
 
     async def _wait(self) -> None:
         if self.ledger.complete and not self._reported_complete:
@@ -161,40 +183,74 @@ class StagePeer:
         loop = asyncio.get_running_loop()
         with self._clock.computing():
             outcome = await loop.run_in_executor(device, partial(self._compute, task))
-        for item in self._enter(task, outcome):
-            self._send(item)
+        self.neighbours.send(self._enter(task, outcome))
+        self.woken()
 
     def _compute(self, task: Task) -> Any:
         """On the device thread."""
         match task:
+            case Forward(name, payload, late=True):
+                return self._compute_forward_late(name, payload)
             case Forward(name, payload):
                 return self._compute_forward(name, payload)
-            case Backward(name, payload):
-                upstream = self._trainer.backward(name, payload.gradients)
+            case Backward(name, payload, late):
+                backward = self._replicas().backward_late if late else self._trainer.backward
+                upstream = backward(name, payload.gradients)
                 return None if upstream is None else self._wire.encode_gradients(name, payload.loss, upstream)
             case Commit(step):
+                if self.total is not None:
+                    self._replicas().read_gradients(self.total)
                 return self._trainer.commit(step)
             case Checkpoint(step):
                 started = time.monotonic()
                 with self._trainer.profile.span(Work.CHECKPOINT):
-                    size = self._checkpoints.save(step, self._trainer.state_tensors())
+                    size = self._checkpoints.save(step, self._trainer.state_tensors(), self.lineage())
                 return CheckpointReport(step, timedelta(seconds=time.monotonic() - started), size)
 
     def _compute_forward(self, name: MicrobatchId, payload: LatentMicrobatch | None) -> Any:
-        if payload is None:
-            token_ids = self._read(name)
-            packed_ids, latents = self._wire.encode_token_ids(token_ids), None
-        else:
-            token_ids, packed_ids, latents = payload.token_ids, payload.packed_token_ids, payload.latents
+        token_ids, packed_ids, latents = self._inputs(name, payload)
         if name.kind is MicrobatchKind.EVALUATE:
-            result = self._trainer.evaluate(name, token_ids, latents)
-            if isinstance(result, float):
-                return result, self._wire.encode_gradients(name, result, None)
-            return self._wire.encode_latents(name, packed_ids, result)
+            return self._answer(name, packed_ids, self._trainer.evaluate(name, token_ids, latents))
         if self.ledger.is_last:
             loss, gradients = self._trainer.forward_backward(name, token_ids, latents)
             return loss, None if gradients is None else self._wire.encode_gradients(name, loss, gradients)
         return self._wire.encode_latents(name, packed_ids, self._trainer.forward(name, token_ids, latents))
+
+    def _compute_forward_late(self, name: MicrobatchId, payload: LatentMicrobatch) -> Any:
+        trainer = self._replicas()
+        token_ids, packed_ids, latents = self._inputs(name, payload)
+        if name.kind is MicrobatchKind.EVALUATE:
+            return self._answer(name, packed_ids, trainer.evaluate_late(name, token_ids, latents))
+        if self.ledger.is_last:
+            loss, gradients = trainer.forward_backward_late(name, token_ids, latents)
+            return loss, None if gradients is None else self._wire.encode_gradients(name, loss, gradients)
+        return self._wire.encode_latents(name, packed_ids, trainer.forward_late(name, token_ids, latents))
+
+    def _answer(self, name: MicrobatchId, packed_ids: tensors_pb2.TokenIds, result: Packed | float) -> Any:
+        """What an evaluation gives: a loss, which goes up, or latents, which go down."""
+        if isinstance(result, float):
+            return result, self._wire.encode_gradients(name, result, None)
+        return self._wire.encode_latents(name, packed_ids, result)
+
+    def _inputs(
+        self, name: MicrobatchId, payload: LatentMicrobatch | None
+    ) -> tuple[TokenIds, tensors_pb2.TokenIds, Packed | None]:
+        """Token ids, the same as they travel, and latents; the first stage reads its data."""
+        if payload is not None:
+            return payload.token_ids, payload.packed_token_ids, payload.latents
+        token_ids = self._read(name)
+        return token_ids, self._wire.encode_token_ids(token_ids), None
+
+    def add_again(self, items: Sequence[tuple[MicrobatchId, Any, Any]]) -> None:
+        """Adds what `StageLedger.inputs_of` gave to the gradient sum once more. On the device thread."""
+        for name, payload, gradients in items:
+            token_ids, _, latents = self._inputs(name, payload)
+            self._replicas().add_again([(name, token_ids, latents, gradients.gradients if gradients else None)])
+
+    def _replicas(self) -> ReplicaTrainer:
+        if not isinstance(self._trainer, ReplicaTrainer):
+            raise ProtocolViolation("this stage is served by one peer alone")
+        return self._trainer
 
     def _read(self, name: MicrobatchId) -> TokenIds:
         if self._source is None:
@@ -204,9 +260,11 @@ class StagePeer:
 
     # -- outcomes -----------------------------------------------------------------------------------------------
 
-    def _enter(self, task: Task, outcome: Any) -> list[Outbound]:
+    def _enter(self, task: Task, outcome: Any) -> Sequence[Outbound]:
         """Writes what was computed into the ledger; returns what goes out."""
         match task:
+            case Forward(late=True) | Backward(late=True):
+                return self._enter_late(task, outcome)
             case Forward(name, _) if self.ledger.is_last:
                 loss, body = outcome
                 self._replays.forwarded(name)
@@ -230,10 +288,20 @@ class StagePeer:
             case Checkpoint(step):
                 self.ledger.checkpointed(step)
                 self._report(outcome)
-                self._report_to_neighbours()
+                self.neighbours.report()
         return []
 
-    def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> list[Outbound]:
+    def _enter_late(self, task: Forward | Backward, outcome: Any) -> Sequence[Outbound]:
+        """What was computed for others, and counts for nothing here."""
+        if isinstance(task, Backward):
+            self.totals.microbatches[Result.REPLAYED] += 1
+            return self.ledger.finished(task.name, task.payload.loss, outcome)
+        if self.ledger.is_last:
+            self.totals.microbatches[Result.REPLAYED] += 1
+            return self.ledger.finished(task.name, *outcome)
+        return self.ledger.forwarded(task.name, outcome)
+
+    def _enter_finished(self, name: MicrobatchId, loss: float, body: Any) -> Sequence[Outbound]:
         self._count_finished(name)
         if name.kind is MicrobatchKind.TRAIN:
             self._clock.done()
@@ -247,8 +315,10 @@ class StagePeer:
     def _enter_commit(self, step: StepIndex, outcome: Any) -> None:
         losses = self.ledger.losses(MicrobatchKind.TRAIN)
         self.ledger.committed_step(step)
+        self.total = None
+        self.neighbours.step_ended(step)
         self._window.step_ended()
-        self._report_to_neighbours()
+        self.neighbours.report()
         wall, pace, compute, wait, link = self._clock.lap()
         plan = self.ledger.plan
         self._report(
@@ -267,13 +337,17 @@ class StagePeer:
             )
         )
 
-    def _note_evaluation(self, name: MicrobatchId, outbound: list[Outbound]) -> list[Outbound]:
-        """Reports the validation loss once the last evaluation microbatch of a step is done."""
+    def _note_evaluation(self, name: MicrobatchId, outbound: Sequence[Outbound]) -> Sequence[Outbound]:
         if name.kind is MicrobatchKind.EVALUATE:
-            losses = self.ledger.losses(MicrobatchKind.EVALUATE)
-            if len(losses) == self.ledger.plan.evaluation_microbatches:
-                self._report(EvaluationReport(self.ledger.committed, mean_loss(losses)))
+            self.note_evaluation()
         return outbound
+
+    def note_evaluation(self) -> None:
+        """Reports the validation loss once the last evaluation microbatch of a step is done, here or elsewhere."""
+        losses, committed = self.ledger.losses(MicrobatchKind.EVALUATE), self.ledger.committed
+        if committed != self._evaluated and 0 < len(losses) == self.ledger.plan.evaluation_microbatches:
+            self._evaluated = committed
+            self._report(EvaluationReport(committed, mean_loss(losses)))
 
     def _note_round_trip(self, name: MicrobatchId) -> None:
         sent_at = self._sent_at.pop(name, None)
@@ -283,16 +357,6 @@ class StagePeer:
         self._window.completed(timedelta(seconds=now), timedelta(seconds=now - sent_at))
         self.ledger.window = self._window.size
 
-    def _send(self, item: Outbound) -> None:
-        side = Side.DOWNSTREAM if isinstance(item, Forwarded) else Side.UPSTREAM
-        session = self._sessions.get(side)
-        if session and self.ledger.wants(side, item.name):
-            session.send(item)
-
-    def _report_to_neighbours(self) -> None:
-        for session in self._sessions.values():
-            session.report()
-
     async def _prune(self, device: ThreadPoolExecutor) -> None:
         """Removes checkpoints below the floor, away from the event loop: they may be gigabytes."""
         floor = self.ledger.floor
@@ -300,133 +364,61 @@ class StagePeer:
             await asyncio.get_running_loop().run_in_executor(device, self._checkpoints.prune, floor)
             self._pruned_to = floor
 
-    # -- links --------------------------------------------------------------------------------------------------
+    # -- NeighbourHost ------------------------------------------------------------------------------------------
 
     async def serve_link(self, stream: FrameStream) -> None:
-        """Runs the link that the upstream peer has opened, until it ends."""
+        """Runs the link that an upstream peer has opened, until it ends."""
         try:
-            await self._run_session(stream, Side.UPSTREAM)
+            await self.neighbours.serve(stream)
         except RewindNeeded as error:
             if not self._failure.done():
                 self._failure.set_exception(error)
-        except (LinkLost, FrameError, StateLost):
-            return  # reported by _run_session; anybody can dial, so no caller's word ends this peer
 
-    async def _keep_downstream(self) -> None:
-        pause = REDIAL_FIRST
-        while True:
-            try:
-                stream = await self._dialer.dial(await self._known_next_hop())  # for ever unknown on the last stage
-                opened_at = time.monotonic()
-                try:
-                    await self._run_session(stream, Side.DOWNSTREAM)
-                finally:
-                    if time.monotonic() - opened_at > REDIAL_LONGEST.total_seconds():
-                        pause = REDIAL_FIRST
-            except (LinkLost, FrameError):
-                await asyncio.sleep(pause.total_seconds() * random.uniform(0.7, 1.3))
-                pause = min(2 * pause, REDIAL_LONGEST)
-
-    async def _known_next_hop(self) -> str:
-        while self._next_hop is None:
-            await self._next_hop_known.wait()
-        return self._next_hop
-
-    async def _run_session(self, stream: FrameStream, side: Side) -> None:
-        session = LinkSession(stream, side, self)
-        detail = "closed"
-        try:
-            await session.run()
-        except FrameError as error:
-            self.totals.frames_refused += 1
-            detail = str(error)
-            raise
-        except LinkLost as error:
-            detail = error.cause
-            raise
-        finally:
-            if self._sessions.get(side) is session:
-                del self._sessions[side]
-                self.ledger.closed(side)
-                self._report_to_neighbours()
-                self._report(LinkReport(side, open=False, detail=detail))
-
-    # -- LinkHost -----------------------------------------------------------------------------------------------
-
-    def holdings(self, side: Side) -> tuple[int, list[MicrobatchId]]:
-        return self.ledger.committed, self.ledger.holdings(side)
-
-    def link_opened(
-        self, session: LinkSession, side: Side, peer: LinkIdentity, committed: int, held: Iterable[MicrobatchId]
-    ) -> list[Outbound]:
-        held = list(held)
-        backlog = self.ledger.opened(side, committed, held)
+    def link_opened(self, side: Side, committed: int, held: Sequence[MicrobatchId]) -> None:
         self._replays.opened(side, committed, held)
-        before = self._sessions.get(side)
-        self._sessions[side] = session
-        if before is not None:
-            before.supersede()
-        self._report(LinkReport(side, open=True, detail=f"{peer.peer_id}, {len(backlog)} microbatches to send again"))
-        self._wake.set()
-        return backlog
 
-    def link_received(self, side: Side, frame: Frame) -> None:
+    def woken(self) -> None:
+        self._wake.set()
+        if self.on_progress is not None:
+            self.on_progress()
+
+    def told(self, report: LinkReport) -> None:
+        self._report(report)
+
+    def frame_received(self, side: Side, frame: Frame, peer: str) -> None:
         data = frame.latents if isinstance(frame, stage_pb2.UpstreamFrame) else frame.gradients
         try:
-            answers = self._receive(side, frame)
+            answers = self._receive(side, frame, peer)
         except FrameError:
             self.totals.microbatches[Result.REFUSED] += len(data.microbatches)
             raise
-        for item in answers:
-            self._send(item)
-        self._wake.set()
+        self.neighbours.send(answers, only=peer if side is Side.UPSTREAM else None)
+        self.woken()
 
-    def _receive(self, side: Side, frame: Frame) -> list[Outbound]:
+    def _receive(self, side: Side, frame: Frame, peer: str) -> list[Outbound]:
         if isinstance(frame, stage_pb2.UpstreamFrame):
             self._check_direction(side, Side.UPSTREAM)
             latents = [self._wire.decode_latents(message) for message in frame.latents.microbatches]
-            return [item for m in latents for item in self.ledger.receive_latents(m.name, m)]
+            return [item for m in latents for item in self.ledger.receive_latents(m.name, m, peer)]
         self._check_direction(side, Side.DOWNSTREAM)
-        return [item for message in frame.gradients.microbatches for item in self._receive_gradients(message)]
+        return [item for message in frame.gradients.microbatches for item in self._receive_gradients(message, peer)]
 
-    def _receive_gradients(self, message: stage_pb2.Gradients) -> list[Outbound]:
+    def _receive_gradients(self, message: stage_pb2.Gradients, peer: str) -> Sequence[Outbound]:
         m = self._wire.decode_gradients(message)
         train = m.name.kind is MicrobatchKind.TRAIN
         self.totals.hops.returned(m.name, time.monotonic())
+        self.neighbours.answered(m.name, peer)
         # A gradient is for the trainer. An evaluation's result is relayed: written anew, since `message` is a view
         # that would keep its whole frame alive.
         payload: GradientMicrobatch | stage_pb2.Gradients = (
             m if train else self._wire.encode_gradients(m.name, m.loss, None)
         )
-        return self._note_evaluation(m.name, self.ledger.receive_gradients(m.name, m.loss, payload))
+        return self._note_evaluation(m.name, self.ledger.receive_gradients(m.name, m.loss, payload, peer))
 
     @staticmethod
     def _check_direction(side: Side, expected: Side) -> None:
         if side is not expected:
             raise ProtocolViolation(f"the {side} neighbour sent a frame that only the {expected} one sends")
-
-    def link_status(self, side: Side) -> tuple[int, int | None]:
-        return self.ledger.status(side)
-
-    def link_received_status(self, side: Side, committed: int, durable: int | None) -> None:
-        changed = self.ledger.receive_status(side, committed, durable)
-        other = self._sessions.get(Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM)
-        if changed and other is not None:
-            other.report()
-        self._wake.set()
-
-    def link_goodbye(self, side: Side, reason: GoodbyeReason) -> None:
-        self._report(LinkReport(side, open=True, detail=f"leaves: {stage_pb2.Goodbye.Reason.Name(reason)}"))
-
-    def count_sent(self, side: Side, num_bytes: int, items: Sequence[Outbound]) -> None:
-        self.totals.sent_bytes[side] += num_bytes
-        now = time.monotonic()
-        for item in items:
-            if side is Side.DOWNSTREAM and item.name.kind is MicrobatchKind.TRAIN:
-                self.totals.hops.sent(item.name, now)
-
-    def count_received(self, side: Side, num_bytes: int) -> None:
-        self.totals.received_bytes[side] += num_bytes
 
 
 class _StepClock:

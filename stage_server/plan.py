@@ -47,6 +47,11 @@ class Plan:
         """All microbatches of a step in the order in which every stage computes them."""
         return _microbatches(self, step)
 
+    def position(self, name: MicrobatchId) -> int:
+        """Place of a microbatch within its step, from 0: what replicas number microbatches by."""
+        evaluations = self.evaluation_microbatches if self.evaluates(name.step) else 0
+        return name.index + (0 if name.kind is MicrobatchKind.EVALUATE else evaluations)
+
     def contains(self, name: MicrobatchId) -> bool:
         """Whether the run has a microbatch of this name."""
         if not 1 <= name.step <= self.last_step or name.index < 0:

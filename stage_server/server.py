@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,17 @@ def _check_run(stage: ServedStage, run_id: str) -> None:
 class StageServer:
     """The listening server. `start` returns the port; `stop` ends every call."""
 
-    def __init__(self, service: StageService, max_frame_bytes: int) -> None:
+    def __init__(
+        self, service: StageService, max_frame_bytes: int, also: Sequence[Callable[[grpc.aio.Server], None]] = ()
+    ) -> None:
+        """`also`: what adds other services to the server."""
         self._server = grpc.aio.server(
             options=server_options(max_frame_bytes), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
         )
         self._health = health.aio.HealthServicer()
         add_StageServicer_to_server(service, self._server)
+        for add in also:
+            add(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

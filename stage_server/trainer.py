@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from stage_server.activations import ActivationMeter
 from stage_server.codec import (
@@ -57,7 +58,7 @@ class MemoryReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
+class Inputs:
     """All that is needed to compute a microbatch once more."""
 
     token_ids: TokenIds
@@ -65,7 +66,7 @@ class _Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class Graph:
     """One microbatch's autograd graph: from the received latents to what is sent."""
 
     received_BTh: Tensor | None
@@ -100,8 +101,8 @@ class StageTrainer:
         self._optimizer = StageOptimizer(self._parameters, config.optimizer, config.stages, config.plan.steps)
         self._meter = ActivationMeter(self._parameters.values(), activation_budget_bytes)
         self.codec_errors: dict[Direction, float] = {}
-        self._graphs: dict[MicrobatchId, _Graph] = {}
-        self._inputs: dict[MicrobatchId, _Inputs] = {}
+        self._graphs: dict[MicrobatchId, Graph] = {}
+        self._inputs: dict[MicrobatchId, Inputs] = {}
 
     def forward(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed:
         """Latents for the next stage. Not for the last stage.
@@ -115,7 +116,7 @@ class StageTrainer:
             FrameError: the latents are refused, see `codec.unpack`; or this stage's own are not finite.
         """
         self._forget(name)
-        inputs = _Inputs(token_ids, latents)
+        inputs = Inputs(token_ids, latents)
         if not self._meter.may_keep(len(self._graphs)):
             self._inputs[name] = inputs
             with torch.no_grad():
@@ -156,7 +157,7 @@ class StageTrainer:
             FrameError: the latents are refused, or the loss is not finite; nothing has changed.
             NotFinite: this stage's own gradient is not finite: its sums are spoilt, call `discard`.
         """
-        graph = self._graph(_Inputs(token_ids, latents))
+        graph = self._graph(Inputs(token_ids, latents))
         self._meter.held(1)
         loss = _finite(float(graph.output.detach()), name)
         return loss, self._backward(name, graph, self.loss_weight())
@@ -164,7 +165,7 @@ class StageTrainer:
     @torch.no_grad()
     def evaluate(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed | float:
         """Forward only: latents for the next stage, or on the last stage the loss in nats per token."""
-        output = self._graph(_Inputs(token_ids, latents)).output
+        output = self._graph(Inputs(token_ids, latents)).output
         return _finite(float(output), name) if self.module.is_last else self._pack_latents(name, output)
 
     def commit(self, step: int) -> CommitReport:
@@ -235,23 +236,24 @@ class StageTrainer:
             microbatch_activations_bytes=self._meter.microbatch_bytes,
         )
 
-    def _graph(self, inputs: _Inputs) -> _Graph:
-        """Compute a microbatch: what the stage sends or, on the last stage, its loss."""
+    def _graph(self, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Graph:
+        """Compute a microbatch: what the stage sends or, on the last stage, its loss; with `weights` or its own."""
         received_BTh = None
         if inputs.latents is not None:
             received_BTh = self._unpack(inputs.latents, forward_encoding(self.config.codec))
             received_BTh.requires_grad_(torch.is_grad_enabled())
         ids = torch.from_numpy(inputs.token_ids).to(self.device, torch.int64)
         with self.profile.span(Work.FORWARD), self._meter.measuring() as note, autocast(self.config, self.device):
-            output = self.module(ids[:, :-1], received_BTh)
+            arguments = (ids[:, :-1], received_BTh)
+            output = functional_call(self.module, dict(weights), arguments) if weights else self.module(*arguments)
             if self.module.is_last:
                 output = next_token_loss(output, ids[:, 1:])
             note(output)
             if received_BTh is not None:
                 note(received_BTh)
-        return _Graph(received_BTh, output)
+        return Graph(received_BTh, output)
 
-    def _backward(self, name: MicrobatchId, graph: _Graph, gradient: Tensor) -> Packed | None:
+    def _backward(self, name: MicrobatchId, graph: Graph, gradient: Tensor) -> Packed | None:
         with self.profile.span(Work.BACKWARD):
             torch.autograd.backward(graph.output, gradient)
         if graph.received_BTh is None:

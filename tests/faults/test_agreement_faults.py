@@ -65,8 +65,9 @@ class Stage:
         self.joined += 1
         name = f"r{self.joined}"
         donor = self.chance.choice(list(self.replicas.values())) if self.replicas else None
+        microbatches = self.microbatches
         committed, lineage = (donor.agreement.committed, donor.agreement.lineage) if donor else (0, INITIAL)
-        self.replicas[name] = Replica(name, StageAgreement(name, self.microbatches, committed, lineage))
+        self.replicas[name] = Replica(name, StageAgreement(name, lambda _step: microbatches, committed, lineage))
 
     def kill(self) -> None:
         if len(self.replicas) > 1:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.local_swarm import LocalSwarm, Reference
 
-from stage_server import links, peer
+from stage_server import links, neighbours
 from stage_server.config import (
     BottleneckConfig,
     CodecConfig,
@@ -31,8 +31,8 @@ def hurry() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(links, "STATUS_INTERVAL", timedelta(milliseconds=30))
         patch.setattr(links, "HANDSHAKE_LIMIT", timedelta(milliseconds=500))
-        patch.setattr(peer, "REDIAL_FIRST", timedelta(milliseconds=5))
-        patch.setattr(peer, "REDIAL_LONGEST", timedelta(milliseconds=20))
+        patch.setattr(neighbours, "REDIAL_FIRST", timedelta(milliseconds=5))
+        patch.setattr(neighbours, "REDIAL_LONGEST", timedelta(milliseconds=20))
         yield
 
 

@@ -121,7 +121,7 @@ class Bench:
         return bench
 
     async def _serve(self, stream: links.FrameStream) -> None:
-        session = self.peer._run_session(stream, Side.UPSTREAM)
+        session = self.peer.neighbours.run_session(stream, Side.UPSTREAM)
         try:
             await session
         except StageError as error:
@@ -134,7 +134,7 @@ class Bench:
     def state(self) -> tuple[object, ...]:
         """What a refused frame must not change: the weights, the ledger, the disk."""
         ledger = self.peer.ledger
-        seen = {name: getattr(ledger, name) for name in vars(ledger) if name != "_neighbours"}
+        seen = {name: getattr(ledger, name) for name in vars(ledger) if name != "_peers"}
         return weights_digest(self.trainer.parameters_fp32()), repr(seen), self.checkpoints.steps()
 
     async def dial(self) -> MemoryStream:
@@ -193,5 +193,5 @@ async def refused(bench: Bench, *frames: links.Frame, code: int, opened: bool) -
             await stream.receive()
     assert bench.state() == before
     assert bench.peer.totals.frames_refused == 1
-    assert not bench.peer.links_open[Side.UPSTREAM]
+    assert not bench.peer.neighbours.links_open[Side.UPSTREAM]
     await bench.still_works()

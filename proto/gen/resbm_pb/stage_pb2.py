@@ -26,51 +26,53 @@ from resbm_pb import errors_pb2 as resbm__pb_dot_errors__pb2
 from resbm_pb import tensors_pb2 as resbm__pb_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14resbm_pb/stage.proto\x12\x08resbm.v1\x1a\x15resbm_pb/errors.proto\x1a\x16resbm_pb/tensors.proto\"\xb0\x01\n\rUpstreamFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.resbm.v1.OpenH\x00\x12)\n\x07latents\x18\x02 \x01(\x0b\x32\x16.resbm.v1.LatentsFrameH\x00\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x14.resbm.v1.LinkStatusH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.resbm.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\xb6\x01\n\x0f\x44ownstreamFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.resbm.v1.OpenH\x00\x12-\n\tgradients\x18\x02 \x01(\x0b\x32\x18.resbm.v1.GradientsFrameH\x00\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x14.resbm.v1.LinkStatusH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.resbm.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\x90\x01\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x16\n\x0e\x63ommitted_step\x18\x05 \x01(\x04\x12&\n\x04held\x18\x06 \x03(\x0b\x32\x18.resbm.v1.HeldMicrobatch\"U\n\x0eHeldMicrobatch\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\"I\n\x0cLatentsFrame\x12\'\n\x0cmicrobatches\x18\x01 \x03(\x0b\x32\x11.resbm.v1.Latents\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xb0\x01\n\x07Latents\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\x12%\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.resbm.v1.TokenIds\x12\'\n\x07latents\x18\x05 \x01(\x0b\x32\x16.resbm.v1.PackedTensor\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x07\"M\n\x0eGradientsFrame\x12)\n\x0cmicrobatches\x18\x01 \x03(\x0b\x32\x13.resbm.v1.Gradients\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x9b\x01\n\tGradients\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04loss\x18\x04 \x01(\x02\x12)\n\tgradients\x18\x05 \x01(\x0b\x32\x16.resbm.v1.PackedTensor\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x07\"w\n\nLinkStatus\x12\x13\n\x0b\x66rames_sent\x18\x01 \x01(\x04\x12\x16\n\x0e\x63ommitted_step\x18\x02 \x01(\x04\x12\x19\n\x0c\x64urable_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x42\x0f\n\r_durable_step\"\xca\x01\n\x07Goodbye\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.resbm.v1.Goodbye.Reason\x12!\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x13.resbm.v1.ErrorCode\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"b\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fREASON_DRAINING\x10\x01\x12\x17\n\x13REASON_RUN_COMPLETE\x10\x02\x12\x12\n\x0eREASON_REFUSED\x10\x03\"\x11\n\x0f\x44\x65scribeRequest\"\xcb\x01\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x12\n\nnum_stages\x18\x04 \x01(\r\x12\x0f\n\x07peer_id\x18\x05 \x01(\t\x12\x16\n\x0e\x63ommitted_step\x18\x06 \x01(\x04\x12\x18\n\x10software_version\x18\x07 \x01(\t\x12\x19\n\x0c\x64urable_step\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_durable_step\"`\n\x10ListStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07lineage\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_stepB\n\n\x08_lineage\"b\n\x0eListStateReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\"\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x13.resbm.v1.StateFile\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07lineage\x18\x04 \x01(\t\"S\n\tStateFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x14\n\x0c\x63hunk_sha256\x18\x04 \x01(\x0c\"{\n\x11\x46\x65tchStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\"0\n\nStateChunk\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*j\n\x0eMicrobatchKind\x12\x1f\n\x1bMICROBATCH_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15MICROBATCH_KIND_TRAIN\x10\x01\x12\x1c\n\x18MICROBATCH_KIND_EVALUATE\x10\x02\x32\x8d\x02\n\x05Stage\x12>\n\x08\x44\x65scribe\x12\x19.resbm.v1.DescribeRequest\x1a\x17.resbm.v1.DescribeReply\x12>\n\x04Link\x12\x17.resbm.v1.UpstreamFrame\x1a\x19.resbm.v1.DownstreamFrame(\x01\x30\x01\x12\x41\n\nFetchState\x12\x1b.resbm.v1.FetchStateRequest\x1a\x14.resbm.v1.StateChunk0\x01\x12\x41\n\tListState\x12\x1a.resbm.v1.ListStateRequest\x1a\x18.resbm.v1.ListStateReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14resbm_pb/stage.proto\x12\x08resbm.v1\x1a\x15resbm_pb/errors.proto\x1a\x16resbm_pb/tensors.proto\"\xb0\x01\n\rUpstreamFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.resbm.v1.OpenH\x00\x12)\n\x07latents\x18\x02 \x01(\x0b\x32\x16.resbm.v1.LatentsFrameH\x00\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x14.resbm.v1.LinkStatusH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.resbm.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\xe3\x01\n\x0f\x44ownstreamFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.resbm.v1.OpenH\x00\x12-\n\tgradients\x18\x02 \x01(\x0b\x32\x18.resbm.v1.GradientsFrameH\x00\x12&\n\x06status\x18\x03 \x01(\x0b\x32\x14.resbm.v1.LinkStatusH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.resbm.v1.GoodbyeH\x00\x12+\n\x08\x64\x65\x63lined\x18\x05 \x01(\x0b\x32\x17.resbm.v1.DeclinedFrameH\x00\x42\x06\n\x04\x62ody\"?\n\rDeclinedFrame\x12.\n\x0cmicrobatches\x18\x01 \x03(\x0b\x32\x18.resbm.v1.HeldMicrobatch\"\x90\x01\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x16\n\x0e\x63ommitted_step\x18\x05 \x01(\x04\x12&\n\x04held\x18\x06 \x03(\x0b\x32\x18.resbm.v1.HeldMicrobatch\"U\n\x0eHeldMicrobatch\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\"I\n\x0cLatentsFrame\x12\'\n\x0cmicrobatches\x18\x01 \x03(\x0b\x32\x11.resbm.v1.Latents\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xb0\x01\n\x07Latents\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\x12%\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.resbm.v1.TokenIds\x12\'\n\x07latents\x18\x05 \x01(\x0b\x32\x16.resbm.v1.PackedTensor\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x07\"M\n\x0eGradientsFrame\x12)\n\x0cmicrobatches\x18\x01 \x03(\x0b\x32\x13.resbm.v1.Gradients\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\x9b\x01\n\tGradients\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.resbm.v1.MicrobatchKind\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04loss\x18\x04 \x01(\x02\x12)\n\tgradients\x18\x05 \x01(\x0b\x32\x16.resbm.v1.PackedTensor\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x07\"\x8d\x01\n\nLinkStatus\x12\x13\n\x0b\x66rames_sent\x18\x01 \x01(\x04\x12\x16\n\x0e\x63ommitted_step\x18\x02 \x01(\x04\x12\x19\n\x0c\x64urable_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x14\n\x0csettled_step\x18\x05 \x01(\x04\x42\x0f\n\r_durable_step\"\xca\x01\n\x07Goodbye\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.resbm.v1.Goodbye.Reason\x12!\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x13.resbm.v1.ErrorCode\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"b\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fREASON_DRAINING\x10\x01\x12\x17\n\x13REASON_RUN_COMPLETE\x10\x02\x12\x12\n\x0eREASON_REFUSED\x10\x03\"\x11\n\x0f\x44\x65scribeRequest\"\xcb\x01\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x12\n\nnum_stages\x18\x04 \x01(\r\x12\x0f\n\x07peer_id\x18\x05 \x01(\t\x12\x16\n\x0e\x63ommitted_step\x18\x06 \x01(\x04\x12\x18\n\x10software_version\x18\x07 \x01(\t\x12\x19\n\x0c\x64urable_step\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_durable_step\"`\n\x10ListStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07lineage\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_stepB\n\n\x08_lineage\"b\n\x0eListStateReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\"\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x13.resbm.v1.StateFile\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07lineage\x18\x04 \x01(\t\"S\n\tStateFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x14\n\x0c\x63hunk_sha256\x18\x04 \x01(\x0c\"{\n\x11\x46\x65tchStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\"0\n\nStateChunk\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*j\n\x0eMicrobatchKind\x12\x1f\n\x1bMICROBATCH_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15MICROBATCH_KIND_TRAIN\x10\x01\x12\x1c\n\x18MICROBATCH_KIND_EVALUATE\x10\x02\x32\x8d\x02\n\x05Stage\x12>\n\x08\x44\x65scribe\x12\x19.resbm.v1.DescribeRequest\x1a\x17.resbm.v1.DescribeReply\x12>\n\x04Link\x12\x17.resbm.v1.UpstreamFrame\x1a\x19.resbm.v1.DownstreamFrame(\x01\x30\x01\x12\x41\n\nFetchState\x12\x1b.resbm.v1.FetchStateRequest\x1a\x14.resbm.v1.StateChunk0\x01\x12\x41\n\tListState\x12\x1a.resbm.v1.ListStateRequest\x1a\x18.resbm.v1.ListStateReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resbm_pb.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MICROBATCHKIND']._serialized_start=2179
-  _globals['_MICROBATCHKIND']._serialized_end=2285
+  _globals['_MICROBATCHKIND']._serialized_start=2312
+  _globals['_MICROBATCHKIND']._serialized_end=2418
   _globals['_UPSTREAMFRAME']._serialized_start=82
   _globals['_UPSTREAMFRAME']._serialized_end=258
   _globals['_DOWNSTREAMFRAME']._serialized_start=261
-  _globals['_DOWNSTREAMFRAME']._serialized_end=443
-  _globals['_OPEN']._serialized_start=446
-  _globals['_OPEN']._serialized_end=590
-  _globals['_HELDMICROBATCH']._serialized_start=592
-  _globals['_HELDMICROBATCH']._serialized_end=677
-  _globals['_LATENTSFRAME']._serialized_start=679
-  _globals['_LATENTSFRAME']._serialized_end=752
-  _globals['_LATENTS']._serialized_start=755
-  _globals['_LATENTS']._serialized_end=931
-  _globals['_GRADIENTSFRAME']._serialized_start=933
-  _globals['_GRADIENTSFRAME']._serialized_end=1010
-  _globals['_GRADIENTS']._serialized_start=1013
-  _globals['_GRADIENTS']._serialized_end=1168
-  _globals['_LINKSTATUS']._serialized_start=1170
-  _globals['_LINKSTATUS']._serialized_end=1289
-  _globals['_GOODBYE']._serialized_start=1292
-  _globals['_GOODBYE']._serialized_end=1494
-  _globals['_GOODBYE_REASON']._serialized_start=1396
-  _globals['_GOODBYE_REASON']._serialized_end=1494
-  _globals['_DESCRIBEREQUEST']._serialized_start=1496
-  _globals['_DESCRIBEREQUEST']._serialized_end=1513
-  _globals['_DESCRIBEREPLY']._serialized_start=1516
-  _globals['_DESCRIBEREPLY']._serialized_end=1719
-  _globals['_LISTSTATEREQUEST']._serialized_start=1721
-  _globals['_LISTSTATEREQUEST']._serialized_end=1817
-  _globals['_LISTSTATEREPLY']._serialized_start=1819
-  _globals['_LISTSTATEREPLY']._serialized_end=1917
-  _globals['_STATEFILE']._serialized_start=1919
-  _globals['_STATEFILE']._serialized_end=2002
-  _globals['_FETCHSTATEREQUEST']._serialized_start=2004
-  _globals['_FETCHSTATEREQUEST']._serialized_end=2127
-  _globals['_STATECHUNK']._serialized_start=2129
-  _globals['_STATECHUNK']._serialized_end=2177
-  _globals['_STAGE']._serialized_start=2288
-  _globals['_STAGE']._serialized_end=2557
+  _globals['_DOWNSTREAMFRAME']._serialized_end=488
+  _globals['_DECLINEDFRAME']._serialized_start=490
+  _globals['_DECLINEDFRAME']._serialized_end=553
+  _globals['_OPEN']._serialized_start=556
+  _globals['_OPEN']._serialized_end=700
+  _globals['_HELDMICROBATCH']._serialized_start=702
+  _globals['_HELDMICROBATCH']._serialized_end=787
+  _globals['_LATENTSFRAME']._serialized_start=789
+  _globals['_LATENTSFRAME']._serialized_end=862
+  _globals['_LATENTS']._serialized_start=865
+  _globals['_LATENTS']._serialized_end=1041
+  _globals['_GRADIENTSFRAME']._serialized_start=1043
+  _globals['_GRADIENTSFRAME']._serialized_end=1120
+  _globals['_GRADIENTS']._serialized_start=1123
+  _globals['_GRADIENTS']._serialized_end=1278
+  _globals['_LINKSTATUS']._serialized_start=1281
+  _globals['_LINKSTATUS']._serialized_end=1422
+  _globals['_GOODBYE']._serialized_start=1425
+  _globals['_GOODBYE']._serialized_end=1627
+  _globals['_GOODBYE_REASON']._serialized_start=1529
+  _globals['_GOODBYE_REASON']._serialized_end=1627
+  _globals['_DESCRIBEREQUEST']._serialized_start=1629
+  _globals['_DESCRIBEREQUEST']._serialized_end=1646
+  _globals['_DESCRIBEREPLY']._serialized_start=1649
+  _globals['_DESCRIBEREPLY']._serialized_end=1852
+  _globals['_LISTSTATEREQUEST']._serialized_start=1854
+  _globals['_LISTSTATEREQUEST']._serialized_end=1950
+  _globals['_LISTSTATEREPLY']._serialized_start=1952
+  _globals['_LISTSTATEREPLY']._serialized_end=2050
+  _globals['_STATEFILE']._serialized_start=2052
+  _globals['_STATEFILE']._serialized_end=2135
+  _globals['_FETCHSTATEREQUEST']._serialized_start=2137
+  _globals['_FETCHSTATEREQUEST']._serialized_end=2260
+  _globals['_STATECHUNK']._serialized_start=2262
+  _globals['_STATECHUNK']._serialized_end=2310
+  _globals['_STAGE']._serialized_start=2421
+  _globals['_STAGE']._serialized_end=2690
 # @@protoc_insertion_point(module_scope)

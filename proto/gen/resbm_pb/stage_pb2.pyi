@@ -104,6 +104,7 @@ class DownstreamFrame(_message.Message):
     GRADIENTS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    DECLINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open:
         """First frame of a link: who answers and what it already holds."""
@@ -120,6 +121,10 @@ class DownstreamFrame(_message.Message):
     def goodbye(self) -> Global___Goodbye:
         """The sender leaves on purpose."""
 
+    @_builtins.property
+    def declined(self) -> Global___DeclinedFrame:
+        """Latents that the sender cannot compute any more, because their step is over there."""
+
     def __init__(
         self,
         *,
@@ -127,16 +132,41 @@ class DownstreamFrame(_message.Message):
         gradients: Global___GradientsFrame | None = ...,
         status: Global___LinkStatus | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        declined: Global___DeclinedFrame | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "gradients", b"gradients", "open", b"open", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "declined", b"declined", "goodbye", b"goodbye", "gradients", b"gradients", "open", b"open", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "gradients", b"gradients", "open", b"open", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "declined", b"declined", "goodbye", b"goodbye", "gradients", b"gradients", "open", b"open", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "gradients", "status", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "gradients", "status", "goodbye", "declined"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___DownstreamFrame: _TypeAlias = DownstreamFrame  # noqa: Y015
+
+@_typing.final
+class DeclinedFrame(_message.Message):
+    """Answers latents that came too late for the peer that got them; another replica may be able to compute them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MICROBATCHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def microbatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldMicrobatch]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        microbatches: _abc.Iterable[Global___HeldMicrobatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatches", b"microbatches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeclinedFrame: _TypeAlias = DeclinedFrame  # noqa: Y015
 
 @_typing.final
 class Open(_message.Message):
@@ -370,6 +400,7 @@ class LinkStatus(_message.Message):
     COMMITTED_STEP_FIELD_NUMBER: _builtins.int
     DURABLE_STEP_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    SETTLED_STEP_FIELD_NUMBER: _builtins.int
     frames_sent: _builtins.int
     """Data frames that the sender has put on this link since it was opened. A receiver that misses one of them reopens
     the link.
@@ -382,6 +413,10 @@ class LinkStatus(_message.Message):
     """
     sequence: _builtins.int
     """Counts the statuses of this link, from 1: one that was overtaken by a newer one is ignored."""
+    settled_step: _builtins.int
+    """The newest step that every stage on the sender's side of the link (itself included) has committed. Frames of later
+    steps that went to a peer that is gone are needed by another.
+    """
     def __init__(
         self,
         *,
@@ -389,10 +424,11 @@ class LinkStatus(_message.Message):
         committed_step: _builtins.int = ...,
         durable_step: _builtins.int | None = ...,
         sequence: _builtins.int = ...,
+        settled_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "durable_step", b"durable_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "frames_sent", b"frames_sent", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "committed_step", b"committed_step", "durable_step", b"durable_step", "frames_sent", b"frames_sent", "sequence", b"sequence", "settled_step", b"settled_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015

@@ -29,7 +29,7 @@ from support.hand_link import (
 
 from stage_server import links
 from stage_server.errors import FrameError, LinkLost, StateLost
-from stage_server.ledger import Side
+from stage_server.ledger import SOLE, Side
 from stage_server.links import LinkSession
 from stage_server.memory_links import MemoryStream
 from stage_server.reports import LinkReport
@@ -79,7 +79,7 @@ def test_latents_from_downstream_are_refused(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         before = bench.state()
         caller, answerer = MemoryStream.pair()
-        session = asyncio.create_task(bench.peer._run_session(caller, Side.DOWNSTREAM))
+        session = asyncio.create_task(bench.peer.neighbours.run_session(caller, Side.DOWNSTREAM))
         await answerer.receive()
         await answerer.send(DOWN(open=hello(stage=2)))
         await answerer.send(latents_frame(one_latents()))
@@ -137,7 +137,7 @@ def test_a_status_that_was_overtaken_is_ignored(tmp_path: Path) -> None:
         await stream.send(UP(status=status(1, committed_step=1, durable_step=0)))
         await stream.send(latents_frame(one_latents()))
         await until(lambda: bool(bench.peer.ledger.holdings(Side.UPSTREAM)))
-        assert bench.peer.ledger._neighbours[Side.UPSTREAM].durable == 2
+        assert bench.peer.ledger._peers[Side.UPSTREAM][SOLE].durable == 2
 
     run(tmp_path, scenario)
 
@@ -184,7 +184,7 @@ def test_a_newer_stream_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
         with pytest.raises(LinkLost):
             while True:
                 await old.receive()
-        assert bench.peer.links_open[Side.UPSTREAM]
+        assert bench.peer.neighbours.links_open[Side.UPSTREAM]
         await new.send(latents_frame(one_latents()))
         await until(lambda: bool(bench.peer.ledger.holdings(Side.UPSTREAM)))
         lost = [r for r in bench.reports if isinstance(r, LinkReport) and not r.open]
@@ -209,7 +209,7 @@ def test_a_goodbye_is_reported(reason: str, tmp_path: Path) -> None:
 def test_a_peer_that_leaves_says_goodbye_after_what_it_has_to_send(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         stream = await bench.open()
-        session = bench.peer._sessions[Side.UPSTREAM]
+        session = bench.peer.neighbours._sessions[Side.UPSTREAM, SOLE]
         assert isinstance(session, LinkSession)
         session.report()
         await session.say_goodbye(stage_pb2.Goodbye.REASON_DRAINING, timedelta(seconds=2))

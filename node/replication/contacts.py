@@ -1,0 +1,160 @@
+"""The other replicas of this peer's stage: who they are, how they were heard last, and a line to each.
+
+Every replica tells every other how it stands whenever that changes, and twice a second. Who answers or calls is in
+sight; who has done neither for a while is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from coordinator.agreement import Round
+from node.replication.calls import Line
+from node.replication.messages import ReplicaWord
+from stage_server.errors import StageError
+
+HEARTBEAT = timedelta(seconds=0.5)
+GATHERING = timedelta(milliseconds=10)
+"""What changes within so little time is told at once."""
+CALL_LIMIT = timedelta(seconds=3)
+SIGHT = timedelta(seconds=4)
+"""Who has not been heard for so long is out of sight."""
+REFUSALS = 2
+"""Who cannot be reached so often in a row, without a wait, is out of sight at once: its process is gone."""
+MEMORY = timedelta(minutes=1)
+"""Who is out of sight for so long, and not in the directory, is forgotten."""
+
+
+@dataclass(slots=True)
+class Contact:
+    """One other replica."""
+
+    peer_id: str
+    endpoint: str
+    word: ReplicaWord | None = None  # the newest heard
+    heard_at: float = 0.0  # monotonic seconds
+    refusals: int = 0  # calls in a row that failed at once
+    listed_at: float = 0.0  # when the directory last named it
+    proposals: dict[int, Round] = field(default_factory=dict)  # to be passed on, by number
+    dirty: asyncio.Event = field(default_factory=asyncio.Event)
+    talking: asyncio.Task[None] | None = None
+
+
+class Contacts:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        own_word: Callable[[], ReplicaWord],
+        heard: Callable[[ReplicaWord], None],
+        line: Callable[[str], Line],
+    ) -> None:
+        """`own_word`: what to tell now. `heard`: who is told of what others answer. `line`: dials an endpoint."""
+        self._own_word, self._heard, self._line = own_word, heard, line
+        self._contacts: dict[str, Contact] = {}
+        self._closed = False
+
+    def __getitem__(self, peer_id: str) -> Contact:
+        return self._contacts[peer_id]
+
+    @property
+    def known(self) -> Mapping[str, Contact]:
+        """Everybody who is not forgotten, by peer id."""
+        return self._contacts
+
+    def in_sight(self) -> dict[str, ReplicaWord]:
+        """The newest word of each that was heard lately."""
+        oldest = time.monotonic() - SIGHT.total_seconds()
+        return {
+            peer: contact.word
+            for peer, contact in self._contacts.items()
+            if contact.word is not None and contact.heard_at >= oldest and contact.refusals < REFUSALS
+        }
+
+    def listed(self, endpoints: Mapping[str, str]) -> None:
+        """What the directory says: the endpoint of each other replica."""
+        for peer_id, endpoint in endpoints.items():
+            self._contact(peer_id, endpoint).listed_at = time.monotonic()
+
+    def hears(self, word: ReplicaWord) -> None:
+        """A replica was heard."""
+        contact = self._contact(word.peer_id, word.endpoint)
+        known = contact.word
+        if known is None or word.tally.version >= known.tally.version:
+            contact.word = word
+        contact.heard_at = time.monotonic()
+        contact.refusals = 0
+
+    def changed(self) -> None:
+        """This replica's word is another one: everybody is told soon."""
+        for contact in self._contacts.values():
+            contact.dirty.set()
+
+    def propose(self, peer_id: str, proposed: Round) -> None:
+        """A round for that replica, with the next word to it."""
+        if peer_id in self._contacts:
+            self._contacts[peer_id].proposals[proposed.number] = proposed
+            self._contacts[peer_id].dirty.set()
+
+    def forget_old(self) -> None:
+        """Hangs up on those who are long gone."""
+        oldest = time.monotonic() - MEMORY.total_seconds()
+        for contact in [c for c in self._contacts.values() if max(c.heard_at, c.listed_at) < oldest]:
+            del self._contacts[contact.peer_id]
+            if contact.talking is not None:
+                contact.talking.cancel()
+
+    async def close(self) -> None:
+        """Hangs up on everybody, for good."""
+        self._closed = True
+        talking = [contact.talking for contact in self._contacts.values() if contact.talking is not None]
+        for task in talking:
+            task.cancel()
+        await asyncio.gather(*talking, return_exceptions=True)
+        self._contacts.clear()
+
+    def _contact(self, peer_id: str, endpoint: str) -> Contact:
+        contact = self._contacts.get(peer_id)
+        if contact is None:
+            contact = self._contacts[peer_id] = Contact(peer_id, endpoint, listed_at=time.monotonic())
+        if self._closed:
+            return contact
+        if contact.talking is None or contact.endpoint != endpoint:
+            if contact.talking is not None:
+                contact.talking.cancel()
+            contact.endpoint = endpoint
+            contact.talking = asyncio.create_task(self._talk(contact))
+        return contact
+
+    async def _talk(self, contact: Contact) -> None:
+        line = self._line(contact.endpoint)
+        try:
+            while True:
+                contact.dirty.clear()
+                number = max(contact.proposals, default=None)
+                proposed = None if number is None else contact.proposals[number]
+                called_at = time.monotonic()
+                try:
+                    word = await line.agree(self._own_word(), proposed, CALL_LIMIT)
+                except StageError:
+                    contact.refusals += time.monotonic() - called_at < HEARTBEAT.total_seconds()
+                    await asyncio.sleep(HEARTBEAT.total_seconds())
+                    continue
+                if word.peer_id != contact.peer_id:
+                    await asyncio.sleep(MEMORY.total_seconds())  # somebody else lives there now
+                    continue
+                if number is not None:
+                    contact.proposals = {n: r for n, r in contact.proposals.items() if n > number}
+                self._heard(word)
+                try:
+                    async with asyncio.timeout(HEARTBEAT.total_seconds()):
+                        await contact.dirty.wait()
+                    await asyncio.sleep(GATHERING.total_seconds())
+                except TimeoutError:
+                    continue
+        finally:
+            await line.close()

@@ -1,0 +1,491 @@
+"""One replica among those of its stage: it counts with them, averages with them, commits with them.
+
+The wiring of `ReplicaDuties` (what is to be done), `Contacts` (who is told), the averaging process and the peer. Where
+this peer is alone in its stage, all of it comes down to committing when everything is done.
+
+A replica that comes late, or has strayed, takes over another's state: it asks for a copy, and from that moment on takes
+part in every round with an empty share, so that it gets all sums; when the copy is here it takes the steps that were
+committed meanwhile, and serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from coordinator.agreement import (
+    INITIAL,
+    Action,
+    Average,
+    Averaged,
+    Commit,
+    Propose,
+    Resync,
+    Round,
+    StageAgreement,
+    Tell,
+)
+from coordinator.averaging import AveragingFailed, StageSum
+from node.replication.calls import Line, Prepared
+from node.replication.contacts import Contacts
+from node.replication.duties import ReplicaDuties, sizes
+from node.replication.messages import ReplicaWord
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import CheckpointInvalid, LinkLost, StageError
+from stage_server.fetch import fetch_state
+from stage_server.ids import MicrobatchId
+from stage_server.peer import StagePeer
+from stage_server.replica_trainer import ReplicaTrainer
+
+log = logging.getLogger(__name__)
+
+LOOK = timedelta(seconds=0.25)
+PATIENCE_FIRST = timedelta(seconds=20)  # for a round, before any was measured
+PATIENCE_LEAST = timedelta(seconds=5)
+PATIENCE_FACTOR = 4.0  # times the longest of the last rounds
+PAUSE_AFTER_FAILURE = timedelta(seconds=0.3)
+COMMIT_WAIT = timedelta(seconds=5)
+PIN = timedelta(seconds=60)
+
+
+class Averaging(Protocol):
+    """What a group needs of `ReplicaAveraging`."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]: ...
+
+    @property
+    def total(self) -> npt.NDArray[np.float32]: ...
+
+    async def sum(self, key: str, members: Any, count: int, within: timedelta) -> StageSum: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Who this replica is to the others."""
+
+    run_id: str
+    stage: int
+    peer_id: str
+    endpoint: str
+    reserved_at: float  # Unix time in seconds
+    throughput: float  # microbatches per second
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a group works with."""
+
+    line: Callable[[str], Line]
+    averaging: Callable[[], Awaitable[Averaging]]
+    on_serving: Callable[[bool], None] = lambda _: None
+    on_transfer: Callable[[Any], None] = lambda _: None
+
+
+class ReplicaGroup:
+    """See the module's text. All methods on one event loop. Implements ReplicaHost."""
+
+    def __init__(
+        self, member: Member, peer: StagePeer, trainer: ReplicaTrainer, checkpoints: CheckpointStore, means: Means
+    ) -> None:
+        self.run_id, self.stage = member.run_id, member.stage
+        self.serving = True
+        self.num_takeovers = 0
+        self._member, self._peer, self._ledger, self._trainer = member, peer, peer.ledger, trainer
+        self._checkpoints, self._means = checkpoints, means
+        committed = peer.ledger.committed
+        lineage = (checkpoints.lineage(committed) if committed else "") or INITIAL
+        # Later than anything that an earlier life of this peer has told.
+        version = int(time.time() * 1000)
+        self._agreement = StageAgreement(member.peer_id, sizes(peer.ledger.plan), committed, lineage, version)
+        self._duties = ReplicaDuties(peer.ledger, self._agreement)
+        self._contacts = Contacts(self._word, self._heard, means.line)
+        self._seen: tuple[object, ...] = ()
+        self._lineages = {committed: lineage}
+        self._totals: dict[int, Tensor] = {}
+        self._averaging: Averaging | None = None
+        self._round: tuple[Round, asyncio.Task[None]] | None = None
+        self._takeover: asyncio.Task[None] | None = None
+        self._behind: deque[tuple[int, Tensor | None]] | None = None  # commits to be taken when the copy is here
+        self._recounting = False
+        self._level_at = committed
+        self._starting: asyncio.Task[None] | None = None
+        self._rounds_took: deque[float] = deque(maxlen=8)
+        self._committed_event = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        peer.lineage = lambda: self._lineages[self._ledger.committed]
+        peer.on_progress = self._progress
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Takes part for ever. Raises what it cannot go on with."""
+        try:
+            while not self._failure.done():
+                self._look()
+                await asyncio.wait({self._failure}, timeout=LOOK.total_seconds())
+            self._failure.result()
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        self._peer.on_progress = None
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._contacts.close()
+        if self._averaging is not None:
+            await self._averaging.close()
+
+    def listed(self, endpoints: Mapping[str, str]) -> None:
+        """The other replicas of the stage, as the directory has them: endpoint by peer id."""
+        self._contacts.listed(endpoints)
+
+    @property
+    def num_in_sight(self) -> int:
+        """Replicas that this one takes part with, itself included."""
+        return 1 + len(self._contacts.in_sight())
+
+    def _look(self) -> None:
+        """Who is in sight; tells the agreement when that has changed."""
+        self._contacts.forget_old()
+        words = self._contacts.in_sight()
+        seen = tuple(sorted((peer, word.serving, word.throughput, word.reserved_at) for peer, word in words.items()))
+        if (seen, self.serving) == self._seen:
+            return
+        self._seen = seen, self.serving
+        if words and self._averaging is None and self._starting is None:
+            self._starting = self._start(self._start_averaging())
+        member = self._member
+        sources = {peer: word.throughput for peer, word in words.items() if word.serving}
+        if self.serving or not sources:
+            sources[member.peer_id] = member.throughput
+        self._duties.in_sight(sources)
+        self._ledger.alone(not words)
+        claims = {peer: word.reserved_at for peer, word in words.items()} | {member.peer_id: member.reserved_at}
+        self._act(self._agreement.in_sight(words, claims))
+
+    # -- talking ------------------------------------------------------------------------------------------------
+
+    def _word(self) -> ReplicaWord:
+        member = self._member
+        return ReplicaWord(
+            peer_id=member.peer_id,
+            endpoint=member.endpoint,
+            reserved_at=member.reserved_at,
+            throughput=member.throughput,
+            averager=self._averaging.address if self._averaging is not None else "",
+            serving=self.serving,
+            tally=self._agreement.tally(),
+            news=self._duties.news(),
+        )
+
+    def hear(self, word: ReplicaWord, proposed: Round | None) -> ReplicaWord:
+        """Another replica's word, and its proposal if it makes one; returns this replica's word."""
+        if word.peer_id != self._member.peer_id:
+            self._heard(word)
+        if proposed is not None:
+            self._act(self._agreement.receive_round(proposed))
+        return self._word()
+
+    def _heard(self, word: ReplicaWord) -> None:
+        self._contacts.hears(word)
+        self._look()
+        self._duties.receive_news(word.peer_id, word.news)
+        self._peer.note_evaluation()
+        self._act(self._agreement.receive_tally(word.tally))
+        self._progress()
+
+    def _progress(self) -> None:
+        """The ledger or the agreement may have changed."""
+        if self._level_at != self._ledger.committed and self._duties.is_level:
+            self._level_at = self._ledger.committed
+            self._committed_event.set()
+        self._act(self._duties.reconcile())
+        if not self._recounting and self._behind is None and self._duties.to_recount():
+            self._recounting = True
+            self._start(self._recount())
+
+    # -- doing --------------------------------------------------------------------------------------------------
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Tell():
+                    self._contacts.changed()
+                case Propose(proposed, members):
+                    for peer in members:
+                        self._contacts.propose(peer, proposed)
+                    if self._member.peer_id in members:
+                        self._act(self._agreement.receive_round(proposed))
+                case Average(proposed, share):
+                    self._drop_round()
+                    if not self._is_settled_alone(proposed, share):
+                        self._round = proposed, self._start(self._average(proposed, share))
+                case Commit(step, averaged):
+                    self._commit(step, averaged)
+                case Resync(peer, _):
+                    if self._takeover is not None:
+                        self._takeover.cancel()
+                    self._takeover = self._start(self._take_over(peer))
+        if self._round is not None and not self._agreement.is_frozen:
+            self._drop_round()
+        self._duties.freeze()
+
+    def _drop_round(self) -> None:
+        if self._round is not None:
+            self._round[1].cancel()
+            self._round = None
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    # -- sums ---------------------------------------------------------------------------------------------------
+
+    def _is_settled_alone(self, proposed: Round, share: frozenset[int]) -> bool:
+        """Alone, a peer's own sum is the total, and nothing has to be waited for."""
+        if len(proposed.shares) > 1 or self._behind is not None or self._duties.names(share) != self._ledger.counted:
+            return False
+        digest = f"alone/{self._member.peer_id}"
+        self._act(self._agreement.averaged(proposed.number, digest, len(share)))
+        return True
+
+    async def _average(self, proposed: Round, share: frozenset[int]) -> None:
+        started = time.monotonic()
+        try:
+            digest, count = await self._averaged(proposed, share)
+        except (AveragingFailed, LinkLost) as error:
+            log.warning("round %d of step %d: %s", proposed.number, proposed.step, error)
+            await asyncio.sleep(PAUSE_AFTER_FAILURE.total_seconds())
+            digest, count = None, 0
+        else:
+            self._rounds_took.append(time.monotonic() - started)
+        self._round = None
+        self._act(self._agreement.averaged(proposed.number, digest, count))
+        self._progress()
+
+    async def _averaged(self, proposed: Round, share: frozenset[int]) -> tuple[str, int]:
+        """Makes the sum hold the share, and adds up all members'. Returns (digest, microbatches in it)."""
+        if not self._ledger.plan.commits(proposed.step):
+            return "closing", sum(map(len, proposed.shares.values()))  # nothing to add up
+        if self._behind is None:
+            names = self._duties.names(share)
+            await self._peer.order(lambda: self._make_sum(names))
+        if len(proposed.shares) == 1:
+            return f"alone/{self._member.peer_id}", len(share)
+        averaging = await self._require_averaging()
+        members = [self._averager_of(peer, averaging) for peer in proposed.shares]
+        if self._behind is None:
+            values = torch.from_numpy(averaging.values)
+            await self._peer.order(lambda: self._trainer.write_gradients(values))
+        else:
+            averaging.values[:] = 0
+        key = f"{self.run_id}/{self.stage}/{proposed.step}/{proposed.lineage}/{proposed.number}"
+        result = await averaging.sum(key, members, len(share), self._patience())
+        self._totals[proposed.number] = torch.from_numpy(averaging.total).clone()
+        return result.digest, result.num_microbatches
+
+    def _make_sum(self, names: frozenset[MicrobatchId]) -> None:
+        """On the device thread: computes the gradient sum again unless it holds exactly these."""
+        if names != self._ledger.counted:
+            self._trainer.drop_sum()
+            self._peer.add_again(self._ledger.inputs_of(names))
+            self._ledger.share(names)
+
+    async def _recount(self) -> None:
+        """Adds what was done here and is held by nobody now."""
+        try:
+            await self._peer.order(self._add_missing)
+        finally:
+            self._recounting = False
+        self._progress()
+
+    def _add_missing(self) -> None:
+        """On the device thread."""
+        names = self._duties.to_recount()
+        self._peer.add_again(self._ledger.inputs_of(names))
+        self._ledger.share(self._ledger.counted.union(names))
+
+    async def _require_averaging(self) -> Averaging:
+        if self._starting is None:
+            self._starting = self._start(self._start_averaging())
+        await asyncio.shield(self._starting)
+        if self._averaging is None:
+            self._starting = None  # the next round tries again
+            raise LinkLost("this peer's averaging does not start")
+        return self._averaging
+
+    async def _start_averaging(self) -> None:
+        try:
+            self._averaging = await self._means.averaging()
+        except AveragingFailed as error:
+            log.warning("%s", error)
+        self._contacts.changed()
+
+    def _averager_of(self, peer: str, own: Averaging) -> str:
+        if peer == self._member.peer_id:
+            return own.address
+        contact = self._contacts.known.get(peer)
+        if contact is None or contact.word is None or not contact.word.averager:
+            raise LinkLost(f"replica {peer} has not started its averaging yet")
+        return contact.word.averager
+
+    def _patience(self) -> timedelta:
+        if not self._rounds_took:
+            return PATIENCE_FIRST
+        return max(PATIENCE_LEAST, timedelta(seconds=PATIENCE_FACTOR * max(self._rounds_took)))
+
+    # -- commits ------------------------------------------------------------------------------------------------
+
+    def _commit(self, step: int, averaged: Averaged) -> None:
+        total = self._totals.get(averaged.round)
+        self._totals.clear()
+        self._lineages[step] = self._agreement.lineage
+        for old in [old for old in self._lineages if old < step - 2 * self._ledger.checkpoint_every - 2]:
+            del self._lineages[old]
+        if self._behind is not None:
+            self._behind.append((step, total))
+        else:
+            self._peer.total = total
+            self._ledger.agreed(step)
+        self._peer.woken()
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    async def prepare_state(self) -> Prepared:
+        """Puts the committed state on disk, right after a commit if one comes soon. Raises StageError."""
+        if not self.serving:
+            raise CheckpointInvalid("this peer is taking over a state itself")
+        self._committed_event.clear()
+        try:
+            async with asyncio.timeout(COMMIT_WAIT.total_seconds()):
+                await self._committed_event.wait()
+        except TimeoutError:
+            log.info("no commit for a while: the state as it is")
+        return await self._peer.order(self._save_state)
+
+    def _save_state(self) -> Prepared:
+        """On the device thread."""
+        step = self._ledger.committed
+        lineage = self._lineages[step]
+        if step not in self._checkpoints.steps() or self._checkpoints.lineage(step) != lineage:
+            self._checkpoints.save(step, self._trainer.state_tensors(), lineage)
+        self._checkpoints.pin(step, PIN)
+        return Prepared(step, lineage)
+
+    async def _take_over(self, peer: str) -> None:
+        """Becomes a copy of that replica. A failure is told to the agreement, which decides anew."""
+        self.serving = False
+        self.num_takeovers += 1
+        self._means.on_serving(False)
+        self._ledger.paused = True
+        self._behind = deque()
+        self._drop_round()
+        try:
+            await self._require_averaging()
+            contact = self._contacts[peer]
+            line = self._means.line(contact.endpoint)
+            try:
+                prepared = await line.prepare_state()
+            finally:
+                await line.close()
+            log.info("taking over the state of step %d from %s", prepared.step, peer)
+            self._lineages = {prepared.step: prepared.lineage}
+            self._totals.clear()
+            self._act(self._agreement.resynced(prepared.step, prepared.lineage))
+            donors = [contact.endpoint, *self._others_with(prepared, peer)]
+            folder = self._checkpoints.incoming
+            fetched = await fetch_state(
+                donors,
+                self.run_id,
+                folder,
+                step=prepared.step,
+                lineage=prepared.lineage,
+                on_progress=self._means.on_transfer,
+            )
+            await self._peer.order(lambda: self._enter(folder, fetched.step, fetched.tensors))
+            await self._catch_up(fetched.step)
+        except (StageError, AveragingFailed, KeyError) as error:
+            log.warning("the state of %s is not to be had: %s", peer, error)
+            await asyncio.sleep(PAUSE_AFTER_FAILURE.total_seconds())
+            self._behind = deque()
+            self._act(self._agreement.resync_failed())
+            if not self._is_taking_over_anew():
+                self._behind = None
+
+    def _is_taking_over_anew(self) -> bool:
+        return self._takeover is not None and self._takeover is not asyncio.current_task()
+
+    def _others_with(self, prepared: Prepared, peer: str) -> list[str]:
+        """Further donors: replicas that may have a checkpoint of that very state."""
+        words = self._contacts.in_sight().values()
+        return [word.endpoint for word in words if word.peer_id != peer and word.serving]
+
+    def _enter(self, folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """On the device thread: the state becomes this peer's, and the newest checkpoint on its disk."""
+        self._trainer.load_state_tensors(tensors)
+        for old in self._checkpoints.steps():
+            if old > step:
+                self._checkpoints.discard_after(step)
+                break
+        self._checkpoints.adopt(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    async def _catch_up(self, step: int) -> None:
+        """Takes the steps that were committed since the copy was made, then serves."""
+        assert self._behind is not None
+        saved = step
+        while self._behind:
+            step, total = self._behind.popleft()
+            if self._ledger.plan.commits(step):
+                await self._peer.order(partial(self._take_step, step, total))
+        # From here on in one go: nothing can be committed in between.
+        committed = min(step, self._ledger.plan.steps)
+        self._behind = None
+        earlier = self._trainer.has_earlier_weights
+        self._ledger.adopted(committed, durable=saved, has_earlier_weights=earlier)
+        if self._duties.is_closed:
+            self._ledger.agreed(self._ledger.plan.last_step)
+        self._ledger.paused = False
+        self.serving = True
+        log.info("serving from step %d on", committed)
+        self._means.on_serving(True)
+        self._contacts.changed()
+        self._look()
+        self._progress()
+        self._peer.woken()
+
+    def _take_step(self, step: int, total: Tensor | None) -> None:
+        """On the device thread."""
+        if total is None:
+            raise CheckpointInvalid(f"the sum of step {step} is not here")
+        self._trainer.read_gradients(total)
+        self._trainer.commit(step)

@@ -1,0 +1,109 @@
+"""Stages with several replicas, real arithmetic and real gRPC: the training of one process, whoever comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from support.local_replicas import LocalReplicas
+from support.local_swarm import RUN_ID, Reference, token_source
+
+from node.unsplit import UnsplitModel, weights_digest
+from stage_server.config import BottleneckConfig, CodecConfig, ModelConfig, OptimizerConfig, PlanConfig, StageConfig
+
+
+def tiny(stages: int = 2, codec: str = "none", **plan: int) -> StageConfig:
+    values = {"steps": 6, "microbatches_per_step": 6, "batch": 1, "tokens": 8, "evaluation_microbatches": 2}
+    return StageConfig(
+        stages=stages,
+        model=ModelConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=stages,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        ),
+        bottleneck=BottleneckConfig(width=4),
+        codec=CodecConfig(forward=codec, backward=codec),
+        optimizer=OptimizerConfig(muon_lr=1e-3, adamw_lr=1e-3),
+        plan=PlanConfig(**(values | {"checkpoint_every": 2} | plan)),
+    )
+
+
+@cache
+def reference(config_json: str) -> Reference:
+    return Reference.of(StageConfig.model_validate_json(config_json))
+
+
+def run(scenario: Callable[[LocalReplicas], Awaitable[None]], config: StageConfig, folder: Path) -> None:
+    async def whole() -> None:
+        swarm = LocalReplicas(config, folder)
+        try:
+            await scenario(swarm)
+        finally:
+            await swarm.close()
+
+    asyncio.run(whole())
+
+
+def check(swarm: LocalReplicas) -> None:
+    """Losses, weights and every step's gradient are those of one process; replicas of a stage hold the same bits."""
+    expected = reference(swarm.config.model_dump_json())
+    model = UnsplitModel(swarm.config, RUN_ID)
+    whole = dict(model.parameters_fp32())
+    for step in range(1, swarm.config.plan.steps + 1):
+        model.train_step(step, token_source(swarm.config))
+    for stage in range(swarm.config.stages):
+        replicas = swarm.of(stage)
+        assert len({weights_digest(replica.trainer.parameters_fp32()) for replica in replicas}) == 1
+        for replica in replicas:
+            for step, loss in replica.losses().items():
+                assert loss == pytest.approx(expected.losses[step - 1], rel=1e-4)
+            for name, parameter in replica.trainer.parameters_fp32():
+                assert torch.allclose(parameter, whole[name], atol=2e-4), name
+
+
+def test_one_replica_a_stage_is_bit_equal_to_one_process(tmp_path: Path) -> None:
+    config = tiny(stages=3, codec="int4")
+
+    async def scenario(swarm: LocalReplicas) -> None:
+        for stage in range(3):
+            await swarm.join(stage)
+        await swarm.until_complete(60)
+        pairs = [pair for r in swarm.replicas.values() for pair in r.trainer.parameters_fp32()]
+        assert weights_digest(pairs) == reference(config.model_dump_json()).digest
+        for replica in swarm.replicas.values():
+            assert list(replica.losses().values()) == reference(config.model_dump_json()).losses
+
+    run(scenario, config, tmp_path)
+
+
+def test_two_replicas_a_stage_train_as_one_process(tmp_path: Path) -> None:
+    async def scenario(swarm: LocalReplicas) -> None:
+        for stage in (0, 0, 1, 1):
+            await swarm.join(stage)
+        await swarm.until_complete(90)
+        check(swarm)
+
+    run(scenario, tiny(), tmp_path)
+
+
+def test_a_replica_that_dies_and_one_that_comes_change_nothing(tmp_path: Path) -> None:
+    async def scenario(swarm: LocalReplicas) -> None:
+        for stage in (0, 0, 1, 1, 2, 2):
+            await swarm.join(stage)
+        for step, stage in ((2, 1), (4, 0), (6, 2)):
+            await swarm.until_step(step)
+            await swarm.kill(swarm.of(stage)[0].name)
+            await swarm.join(stage)
+        await swarm.until_complete(120)
+        check(swarm)
+        assert all(len(swarm.of(stage)) == 2 for stage in range(3))
+
+    run(scenario, tiny(stages=3, steps=10), tmp_path)
