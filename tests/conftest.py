@@ -10,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports grpc; with fork support on, forks hang
+# Before anything imports torch, here and in what tests start. Models of tests are too small for two threads, and on a
+# busy machine the threads of OpenMP wait for one another by spinning: a test of seconds then takes minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 

@@ -161,11 +161,10 @@ def kill_a_supervisor(demo: subprocess.Popen[bytes]) -> None:
     ("strike", "status", "leaves_folder"),
     [
         (lambda demo: demo.send_signal(signal.SIGINT), 130, False),
-        (lambda demo: demo.send_signal(signal.SIGTERM), 130, False),
         (lambda demo: demo.kill(), -signal.SIGKILL, True),
         (kill_a_supervisor, 2, True),
     ],
-    ids=["interrupted", "terminated", "killed", "a peer killed"],
+    ids=["interrupted", "killed", "a peer killed"],
 )
 def test_a_demo_struck_in_the_middle_leaves_nobody(
     tmp_path: Path, mark: str, strike: Callable[[subprocess.Popen[bytes]], None], status: int, leaves_folder: bool

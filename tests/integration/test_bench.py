@@ -14,8 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from node.bench.codec import GROWTH_CALLS, OPERATIONS, Plan, measure, summary_of, tables_of
+from node.bench import codec, codec_timing
+from node.bench.codec import OPERATIONS, Plan, measure, summary_of, tables_of
 from node.bench.common import JsonWatcher
+
+GROWTH_CALLS = 100  # enough to see 10 KB a call stay
 
 
 def bench(*arguments: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,8 +33,10 @@ def bench(*arguments: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
     return events[-1], json.loads(out.read_text())
 
 
-def test_the_codec_keeps_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every shape and encoding: what a call holds is a few times its input, and nothing stays."""
+def test_the_codec_keeps_its_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every encoding, a small and a large shape: a call holds a few times its input, and nothing stays."""
+    monkeypatch.setattr(codec, "SHAPES", (codec.SHAPES[0], codec.SHAPES[2]))
+    monkeypatch.setattr(codec_timing, "GROWTH_CALLS", GROWTH_CALLS)
     results = measure(Plan(repeats=2, seconds_per_repeat=0.002), JsonWatcher())
     capsys.readouterr()
     page_noise = 1 << 20

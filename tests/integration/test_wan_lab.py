@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, needs_lab]
 
 PEERS = ("p0", "p1", "p2", "p3")
 COORDINATOR = "c"
-STEPS, FIRST = 7, 2  # bytes are counted from the commit of step FIRST to that of the last
-IDLE_SECONDS = 4.0
+STEPS, FIRST = 5, 2  # bytes are counted from the commit of step FIRST to that of the last
+IDLE_SECONDS = 3.0
 REFERENCE = ("-m", "node.cli", "reference", "--threads", "1", "--json")
 
 

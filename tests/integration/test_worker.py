@@ -15,7 +15,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 PUBLISHER = Path(__file__).with_name("swarm_process.py")
+FORKER = Path(__file__).with_name("worker_process.py")
 MARK = "RESBM_TEST_MARK"
-TOGETHER = 3  # workers that are started at once: most of their time goes into imports
 
 
 class Publisher:
@@ -105,10 +104,21 @@ class Scene:
         }
         return WorkerSpec(**(values | changes))
 
-    def start(self, spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], str]:
-        """A worker and its mark."""
+    def start_forker(self) -> tuple[subprocess.Popen[str], str]:
+        """A process that forks workers, and its mark."""
+        mark, environment = self._environment()
+        command = [sys.executable, str(FORKER)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment), mark
+
+    def _environment(self) -> tuple[str, dict[str, str]]:
         mark = uuid.uuid4().hex
         self.marks.append(mark)
+        return mark, {**os.environ, MARK: mark, "XDG_CACHE_HOME": str(self.folder / "cache")}
+
+    def start(self, spec: WorkerSpec) -> tuple[subprocess.Popen[bytes], str]:
+        """A worker and its mark."""
+        mark, environment = self._environment()
         with (spec.state_folder / "log").open("wb") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "node.worker"],
@@ -116,7 +126,7 @@ class Scene:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=ROOT,
-                env={**os.environ, MARK: mark, "XDG_CACHE_HOME": str(self.folder / "cache")},
+                env=environment,
                 start_new_session=True,
             )
         assert worker.stdin is not None
@@ -136,10 +146,10 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def left_after(mark: str, seconds: float = 3.0) -> list[psutil.Process]:
-    """Who is still there; those that are about to end get a moment."""
+def left_after(mark: str, seconds: float = 3.0, but: int | None = None) -> list[psutil.Process]:
+    """Who is still there, but for one process; those that are about to end get a moment."""
     deadline = time.monotonic() + seconds
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while (left := [p for p in marked(mark) if p.pid != but]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 
@@ -229,19 +239,24 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refusals(scene: Scene) -> dict[str, Ended]:
-    """All refused workers, a few at a time."""
+    """All refused workers, one after another."""
+    forker, mark = scene.start_forker()
 
     def end(name: str) -> Ended:
         spec = scene.spec(name.replace(" ", "-"), **REFUSALS[name].spec(scene, port))
-        worker, mark = scene.start(spec)
-        stdout, _ = worker.communicate(timeout=80)
-        return Ended(worker.returncode, stdout, (spec.state_folder / "log").read_text(), left_after(mark))
+        log, out = spec.state_folder / "log", spec.state_folder / "stdout"
+        assert forker.stdin is not None
+        assert forker.stdout is not None
+        print(json.dumps({"spec": spec.model_dump_json(), "stdout": str(out), "log": str(log)}), file=forker.stdin)
+        forker.stdin.flush()
+        status = int(forker.stdout.readline())
+        return Ended(status, out.read_bytes(), log.read_text(), left_after(mark, but=forker.pid))
 
-    with socket.socket() as taken, ThreadPoolExecutor(TOGETHER) as pool:
+    with socket.socket() as taken, forker:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = int(taken.getsockname()[1])
-        return dict(zip(REFUSALS, pool.map(end, REFUSALS), strict=True))
+        return {name: end(name) for name in REFUSALS}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

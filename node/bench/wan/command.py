@@ -35,6 +35,7 @@ def wan(
     loss: Annotated[list[float] | None, typer.Option(help="Percent of packets lost.", show_default="0, 1")] = None,
     microbatches: Annotated[int, typer.Option(min=2, help="Microbatches in a step.")] = MICROBATCHES,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a microbatch.")] = BATCH,
+    stages: Annotated[int | None, typer.Option(min=2, help="Stages.", show_default="the preset's")] = None,
     quick: Quick = False,
     json_lines: JsonLines = False,
     out: OutFile = None,
@@ -56,6 +57,7 @@ def wan(
 
     values = preset_named(preset).model_dump()
     values["plan"] |= {"microbatches_per_step": microbatches, "batch": batch}
+    values["stages"] = stages or values["stages"]
     flush_at = plan.flush_point(rates, round_trips)
     task = Task(
         config=validated(values, "command line"),

@@ -279,9 +279,9 @@ def small_run(folder: Path, steps: int = 3) -> Path:
 def test_reference_tells_each_step_and_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = small_run(tmp_path)
-    first, second = (resbm_node("reference", "--run", str(path), "--threads", "1", "--json") for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    lines = json_lines(first.stdout)
+    done = resbm_node("reference", "--run", str(path), "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = json_lines(done.stdout)
     steps = [line for line in lines if line["event"] == "step"]
     assert [list(step) for step in steps] == [
         ["event", "step", "loss", "tokens", "seconds", "dense_bytes", "wire_bytes"]
@@ -302,7 +302,6 @@ def test_reference_tells_each_step_and_a_summary(tmp_path: Path, monkeypatch: py
     assert (summary["val_loss_before"], summary["val_loss"]) == (evaluations[0][1], evaluations[-1][1])
     assert summary["wire_compression"] is None
     assert len(summary["weights_digest"]) == 64
-    assert json_lines(second.stdout)[-1]["weights_digest"] == summary["weights_digest"]
 
 
 def test_reference_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
