@@ -1,11 +1,13 @@
 """What makes a cut through the transformer cheap: encoder and decoder of one boundary.
 
     encoder:  u  = x - anchor(ids)
-              b  = RMSNorm( u[:h] + W_e u )          rectangular identity + learned projection
+              z  = u[:h] + W_e u                     rectangular identity + learned projection
+              b  = RMSNorm( z - mean so far of z )
     decoder:  x' = anchor(ids) + zeropad(g * b) + W_d (g * b)      g: learned gain per channel
 
 After ResBM (arXiv 2604.11947), section 3, with the norm, the gain and the anchors added: without the norm latents grow
-by an order of magnitude at every boundary, and with anchors latents need not carry which token stands where.
+by an order of magnitude at every boundary, and with anchors latents need not carry which token stands where. Without
+centring, streams grow a constant part that is hundreds of times the rest; normalised to 16 levels nothing else is left.
 
 Shapes: B batch, T tokens, D model width, h latent width.
 """
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from stage_server.config import BottleneckConfig
 
 NORM_EPSILON = 1e-6
+CENTRE_PRIOR = 2.0
+"""Zeros, as a number of tokens, that a sequence's mean starts from: its first latent is not all subtracted."""
 
 
 def rms_norm(x_BTh: Tensor) -> Tensor:
@@ -26,12 +30,19 @@ def rms_norm(x_BTh: Tensor) -> Tensor:
     return x_BTh * torch.rsqrt(x_BTh.square().mean(-1, keepdim=True) + NORM_EPSILON)
 
 
+def centred(z_BTh: Tensor) -> Tensor:
+    """z minus the mean of its sequence up to and with itself: causal, so a text can be generated token by token."""
+    counts_T1 = torch.arange(1, z_BTh.shape[1] + 1, dtype=z_BTh.dtype, device=z_BTh.device).unsqueeze(-1)
+    return z_BTh - z_BTh.cumsum(dim=1) / (counts_T1 + CENTRE_PRIOR)
+
+
 class Encoder(nn.Module):
     """Residual stream to latent."""
 
     def __init__(self, config: BottleneckConfig, hidden: int, width: int) -> None:
         super().__init__()
         self.identity, self.norm, self.width = config.identity, config.norm, width
+        self.centre = config.centre
         self.weight: Tensor | None
         if config.projection == "linear":
             self.weight = nn.Parameter(torch.empty(width, hidden))
@@ -43,11 +54,19 @@ class Encoder(nn.Module):
     def forward(self, x_BTD: Tensor, anchor_BTD: Tensor | None) -> Tensor:
         """Latents float32 [B, T, h] of the stream [B, T, D]; the anchor, if any, is subtracted first."""
         u_BTD = x_BTD if anchor_BTD is None else x_BTD - anchor_BTD
-        b_BTh = _sum(
+        if self.centre:
+            # bf16 would round away what little varies beside a large mean
+            with torch.autocast(u_BTD.device.type, enabled=False):
+                b_BTh = centred(self._project(u_BTD.float()))
+        else:
+            b_BTh = self._project(u_BTD)
+        return rms_norm(b_BTh) if self.norm else b_BTh.float()
+
+    def _project(self, u_BTD: Tensor) -> Tensor:
+        return _sum(
             u_BTD[..., : self.width] if self.identity else None,
             None if self.weight is None else nn.functional.linear(u_BTD, self.weight),
         )
-        return rms_norm(b_BTh) if self.norm else b_BTh.float()
 
 
 class Decoder(nn.Module):

@@ -87,6 +87,10 @@ class BottleneckConfig(Frozen):
         "the last boundary (Subspace Models, arXiv 2506.01260)",
     )
     norm: bool = Field(True, description="RMSNorm of the latent, without which latents explode over boundaries")
+    centre: bool = Field(
+        False,
+        description="subtract from a latent the mean of its sequence so far, before the norm: constants are not sent",
+    )
     gain: bool = Field(True, description="learned gain per latent channel in the decoder")
     anchor: AnchorKind = Field(AnchorKind.EMBEDDING, description="token embedding of each stage's own")
     bias: bool = Field(

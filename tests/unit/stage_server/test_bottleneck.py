@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stage_server.bottleneck import receiving_side, rms_norm, sending_side
+from stage_server.bottleneck import CENTRE_PRIOR, centred, receiving_side, rms_norm, sending_side
 from stage_server.config import BottleneckConfig
 
 D, H = 10, 4
@@ -65,6 +65,25 @@ def test_decoder_is_its_formula(variant: dict[str, Any], with_anchor: bool) -> N
         assert receiver.decoder is not None
         x = x + scaled @ receiver.decoder.weight.T
     torch.testing.assert_close(receiver.decode(b, anchor if with_anchor else None), x, rtol=1e-4, atol=1e-5)
+
+
+def test_centring_takes_the_mean_so_far() -> None:
+    z = normal(2, 6, H)
+    for last in range(6):
+        expected = z[:, last] - z[:, : last + 1].sum(1) / (last + 1 + CENTRE_PRIOR)
+        torch.testing.assert_close(centred(z)[:, last], expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_centred_latent_tells_small_differences_beside_a_large_constant(precision: torch.dtype) -> None:
+    sender = sending_side(BottleneckConfig(centre=True), D, H)
+    filled(sender)
+    small = 0.01 * normal(1, 400, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+        alone, beside = sender.encode(small, None).detach(), sender.encode(small + 0.3, None).detach()
+    late = slice(300, None)
+    likeness = nn.functional.cosine_similarity(alone[:, late], beside[:, late], dim=-1)
+    assert float(likeness.mean()) > 0.8
 
 
 def test_a_disabled_bottleneck_lets_the_stream_through_untouched() -> None:

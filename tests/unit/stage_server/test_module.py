@@ -84,9 +84,11 @@ def test_uncompressed_stages_in_a_row_are_the_plain_transformer(model_type: str,
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("enabled", [True, False])
-def test_future_tokens_do_not_change_past_logits(model_type: str, enabled: bool) -> None:
-    config = run(model_type, **({} if enabled else PLAIN))
+@pytest.mark.parametrize(
+    "changes", [{}, PLAIN, {"bottleneck": {"centre": True, "bias": True, "taps": 3, "pair_rows": 50}}], ids=str
+)
+def test_future_tokens_do_not_change_past_logits(model_type: str, changes: dict[str, Any]) -> None:
+    config = run(model_type, **changes)
     stages = [StageModule(config, stage) for stage in range(config.stages)]
     ids = token_ids()
     changed = ids.clone()
@@ -187,7 +189,7 @@ def test_names_say_where_a_parameter_belongs() -> None:
         {"anchor": "none"},
         {"anchor": "independent"},
         {"taps": 2, "pair_rows": 64},
-        {"bias": True},
+        {"bias": True, "centre": True},
         {"width": 32, "projection": "none"},  # uncompressed, with norm and anchors: the fair control
         {"identity": False, "norm": False, "gain": False, "anchor": "none"},
     ],
