@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import figures_convergence
 import figures_wan
 import matplotlib.pyplot as plt
 
@@ -47,3 +48,6 @@ if __name__ == "__main__":
     if (wan := DOCS / "results" / "bench-wan.json").exists():
         figures_wan.bandwidth(wan, DOCS / "images" / "wan-bandwidth.png")
         figures_wan.round_trip(wan, DOCS / "images" / "wan-round-trip.png")
+    for grid in ("deep", "main"):
+        if (points := DOCS / "results" / "convergence" / f"{grid}.jsonl").exists():
+            figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")

@@ -101,17 +101,19 @@ def config_of(grid: Grid, variant: Variant, rate: float, seed: int) -> RunConfig
 def cells_to_run(grid: Grid, losses: Mapping[str, float]) -> list[Cell]:
     """Cells not yet done that can be run now, in the order of the grid; `losses`: final ones of done cells, by key.
 
-    A variant's learning rate is chosen with the first seed alone; its other seeds wait for that.
+    A variant's learning rate is chosen with the first seed alone; its other seeds wait for that, and come after the
+    first seeds of all variants: a part of the grid then compares everything once.
     """
+    first_seeds: list[Cell] = []
     found: list[Cell] = []
     for variant in grid.variants:
         tuning = [_cell(grid, variant, rate, grid.seeds[0]) for rate in variant.rates]
         if missing := [cell for cell in tuning if cell.key not in losses]:
-            found += missing
+            first_seeds += missing
             continue
         rest = [_cell(grid, variant, best_rate(tuning, losses), seed) for seed in grid.seeds[1:]]
         found += [cell for cell in rest if cell.key not in losses]
-    return found
+    return first_seeds + found
 
 
 def best_rate(tuning: Sequence[Cell], losses: Mapping[str, float]) -> float:

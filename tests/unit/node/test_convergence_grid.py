@@ -47,6 +47,7 @@ def test_other_seeds_wait_for_the_learning_rate() -> None:
     losses = {cell.key: loss for cell, loss in zip(first, (3.0, 2.5, 2.1, 2.3), strict=True)}
     assert names(cells_to_run(grid, losses)) == [("fair", 1.0, 4), ("fair", 1.0, 5), ("ours", 1.0, 4), ("ours", 1.0, 5)]
     del losses[first[3].key]
+    assert names(cells_to_run(grid, losses)) == [("ours", 2.0, 3), ("fair", 1.0, 4), ("fair", 1.0, 5)]
     assert ("ours", 1.0, 4) not in names(cells_to_run(grid, losses)), "the best rate is not known yet"
     assert num_cells(grid) == 3 + 5
 
