@@ -116,6 +116,8 @@ def test_so_they_do_with_the_other_codecs(codec: str) -> None:
         {"bottleneck": {"enabled": False}, "codec": {"forward": "none", "backward": "int4"}},
         {"bottleneck": {"width": 6, "anchor": "independent", "projection": "none"}},
         {"bottleneck": {"width": 6, "anchor": "none", "identity": False, "gain": False}},
+        {"bottleneck": {"width": 6, "centre": True, "bias": True, "taps": 2, "pair_rows": 40}},
+        {"bottleneck": {"width": 6, "centre": True, "bias": True}, "compute": {"precision": "bf16"}},
         {"bottleneck": {"width": 5, "norm": False}, "codec": {"forward": "bf16", "backward": "int8"}},
     ],
     ids=str,
