@@ -114,7 +114,7 @@ def test_a_peer_that_dies_midway_is_done_without(tmp_path: Path) -> None:
 
         async def die(number: int) -> None:
             if number == 4:
-                await donors[1].server.stop(0)
+                donors[1].die()
 
         wait_for([donors[0], donors[2]], lambda: len(donors[1].requests) >= 4)
         donors[1].on_fetch = die
@@ -130,7 +130,8 @@ def test_all_dying_is_a_lost_link_and_what_came_is_kept(tmp_path: Path) -> None:
 
         async def die(number: int) -> None:
             if number == 5:
-                await asyncio.gather(*(donor.server.stop(0) for donor in donors))
+                for donor in donors:
+                    donor.die()
 
         for donor in donors:
             donor.on_fetch = die
@@ -147,7 +148,7 @@ def test_a_peer_that_sends_wrong_bytes_is_named_and_left_out(tmp_path: Path) -> 
     async def scenario() -> None:
         donors, dropped = peers(tmp_path), Dropped()
         donors[0].spoil()
-        wait_for(donors[1:], lambda: donors[0].requests)
+        wait_for(donors[1:], lambda: dropped)
         async with serving(*donors) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", on_drop=dropped)
         assert_whole(state, tmp_path / "own")
@@ -232,7 +233,7 @@ def test_one_honest_peer_among_a_dying_a_lying_and_a_stalled_one_is_enough(tmp_p
         _, dying, lying, stalled = donors = peers(tmp_path, 4)
 
         async def die(number: int) -> None:
-            await dying.server.stop(0)
+            dying.die()
 
         async def stall(_: int) -> None:
             await asyncio.Event().wait()
@@ -462,7 +463,7 @@ def shifted(chunk: stage_pb2.StateChunk) -> None:
 
 
 def longer(chunk: stage_pb2.StateChunk) -> None:
-    chunk.data += bytes(2_000_000)
+    chunk.data += bytes(1000)
 
 
 def emptied(chunk: stage_pb2.StateChunk) -> None:
@@ -475,13 +476,16 @@ def test_a_peer_that_sends_what_was_not_asked_for_is_left_out(spoil: Any, tmp_pa
         async def FetchState(self, request: stage_pb2.FetchStateRequest, context: Any) -> None:
             self.requests.append((request.name, request.offset_bytes))
             with self.store.open_file(request.step, request.name) as file:
-                chunk = stage_pb2.StateChunk(offset_bytes=request.offset_bytes, data=file.read())
+                file.seek(request.offset_bytes)
+                data = file.read(request.length_bytes)
+            chunk = stage_pb2.StateChunk(offset_bytes=request.offset_bytes, data=data)
             spoil(chunk)
             await context.write(chunk)
 
     async def scenario() -> None:
-        strange, dropped = Strange(tmp_path / "strange"), Dropped()
-        async with serving(strange, *peers(tmp_path, 1)) as endpoints:
+        strange, honest, dropped = Strange(tmp_path / "strange"), Peer(tmp_path / "honest"), Dropped()
+        wait_for([honest], lambda: dropped)
+        async with serving(strange, honest) as endpoints:
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own", on_drop=dropped)
         assert_whole(state, tmp_path / "own")
         assert isinstance(dropped[endpoints[0]], CheckpointInvalid)

@@ -75,6 +75,7 @@ class Peer(StageService):
             self.store.adopt(_saved(self.folder, self.run_id, step, self.lineage))
         self.requests: list[Request] = []
         self.endpoint = ""
+        self._death: asyncio.Future[None] | None = None
         self.attach(ServedStage(self.run_id, stage_pb2.DescribeReply, no_links, self.store))
         self.server = StageServer(self, max_frame_bytes=1 << 20)
 
@@ -89,6 +90,15 @@ class Peer(StageService):
         if self.on_fetch:
             await self.on_fetch(len(self.requests))
         await super().FetchState(request, context)
+
+    def die(self) -> None:
+        """Ends the server from outside its handlers: they are cancelled by it."""
+        self._death = self._death or asyncio.ensure_future(self.server.stop(0))
+
+    async def stop(self) -> None:
+        self.die()
+        assert self._death
+        await self._death
 
     def spoil(self) -> None:
         """From now on it lists the true hashes and sends other bytes."""
@@ -107,7 +117,7 @@ async def serving(*peers: Peer) -> Any:
     async with AsyncExitStack() as stack:
         for peer in peers:
             port = await peer.server.start("127.0.0.1", 0)
-            stack.push_async_callback(peer.server.stop, 0)
+            stack.push_async_callback(peer.stop)
             peer.endpoint = f"127.0.0.1:{port}"
         yield [peer.endpoint for peer in peers]
 
