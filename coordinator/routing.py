@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
+
+MAX_HOPS = 8
+"""Peers of the next stage that one peer keeps links to: enough to choose from and to survive losses."""
+
+
+def choose_next_hops(
+    snapshot: DirectorySnapshot, stage: int, known: Collection[str], chance: random.Random, *, now: float
+) -> list[PeerEntry]:
+    """The peers of `stage` to keep links to, at most MAX_HOPS: those known already, then others at random.
+
+    Args:
+        known: peer ids that are linked now; one that still serves stays, since a change costs resent frames.
+        now: Unix time in seconds.
+    """
+    serving = [entry for entry in snapshot.at(stage) if entry.state in (SERVING, COMPLETE) and entry.is_live(now)]
+    kept = [entry for entry in serving if entry.peer_id in known][:MAX_HOPS]
+    others = [entry for entry in serving if entry.peer_id not in known]
+    return kept + chance.sample(others, min(len(others), MAX_HOPS - len(kept)))
 
 
 def choose_next_hop(

@@ -19,6 +19,7 @@ from stage_server.ledger import StageLedger
 from stage_server.links import LinkIdentity
 from stage_server.peer import StagePeer
 from stage_server.plan import Plan
+from stage_server.replica_trainer import ReplicaTrainer
 from stage_server.reports import Report
 from stage_server.trainer import StageTrainer
 from stage_server.wire import TokenIds, WireFormat
@@ -108,7 +109,9 @@ def build_stage(
     resident.give_back_freed()  # of the speed measurement and of reading the text
     base_bytes = resident.now_bytes()
     checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
-    trainer = StageTrainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
+    shared = config.replicas.max_replicas is None
+    new_trainer = ReplicaTrainer if shared else StageTrainer
+    trainer = new_trainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
     load_newest(checkpoints, trainer)
     ledger = StageLedger(
         Plan.of(config.plan),
@@ -116,6 +119,7 @@ def build_stage(
         num_stages=config.stages,
         checkpoints=checkpoints.steps(),
         checkpoint_every=config.plan.checkpoint_every,
+        shared=shared,
     )
     return StageParts(config, trainer, checkpoints, ledger, source, base_bytes)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from node.bench.churn.command import churn
 from node.bench.codec import codec
 from node.bench.convergence import convergence
 from node.bench.local import local
@@ -55,7 +56,7 @@ def build_app() -> typer.Typer:
         epilog="Start here: resbm-node bench codec --quick.",
         no_args_is_help=True,
     )
-    for benchmark in (codec, wire, local, convergence, overhead, wan, placement):
+    for benchmark in (codec, wire, local, convergence, overhead, wan, placement, churn):
         bench.command(benchmark.__name__)(guarded(benchmark))
     app.add_typer(bench, name="bench")
     return app

@@ -57,11 +57,27 @@ class DataConfig(Frozen):
         return self
 
 
+class ReplicasConfig(Frozen):
+    """How the peers that serve one stage work together."""
+
+    averaging: Literal["none", "sync"] = Field(
+        "none",
+        description="none: one peer serves each stage; sync: any number do and add up their gradients every step: "
+        "the training is that of one process, whoever comes, goes or dies",
+    )
+
+    @property
+    def max_replicas(self) -> int | None:
+        """How many peers may serve a stage; None: any number."""
+        return 1 if self.averaging == "none" else None
+
+
 class RunConfig(StageConfig):
     """One training run. Equal configs have equal run ids; peers of one run hold equal configs."""
 
     name: str = Field("run", max_length=64, pattern=r"^[\w.-]+$", description="what people call the run")
     data: DataConfig = DataConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
 
     @model_validator(mode="after")
     def _vocabulary_fits(self) -> RunConfig:

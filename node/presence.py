@@ -11,12 +11,15 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+from resbm_pb import records_pb2
+
 from coordinator.assignment import resolve_reservation
-from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
+from coordinator.directory import COMPLETE, RESERVED, SERVING, DirectorySnapshot, PeerEntry
 from coordinator.errors import DirectoryLost, StageUnavailable
-from coordinator.routing import choose_next_hop
+from coordinator.routing import choose_next_hop, choose_next_hops
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from node.acquaintances import remember
+from node.replication.group import ReplicaGroup
 from node.reporting import EventReporter
 from node.swarm_view import SwarmView, contribution
 from node.tcp_links import LinkWatch
@@ -42,14 +45,16 @@ class Presence:
         *,
         links: LinkWatch,
         state_folder: Path,
+        group: ReplicaGroup | None = None,
     ) -> None:
-        """`entry`: the peer's place as settled; its changing fields are filled in."""
+        """`entry`: the peer's place as settled; its changing fields are filled in. `group`: where stages are shared."""
         self._state_folder = state_folder
         self._swarm = swarm
         self._entry = entry
         self._peer = peer
         self._reporter = reporter
         self._links = links
+        self._group = group
         self._current: str | None = None  # peer id of the next hop
 
     async def announce(self) -> None:
@@ -58,7 +63,7 @@ class Presence:
         link = self._links.newest.get(Side.DOWNSTREAM)
         fresh = replace(
             self._entry,
-            state=COMPLETE if self._reporter.complete else SERVING,
+            state=self._state(),
             committed_step=ledger.committed,
             durable_step=ledger.durable,
             queue_depth=ledger.queue_depth,
@@ -67,6 +72,11 @@ class Presence:
             **asdict(self._reporter.figures()),
         )
         await self._swarm.publish_peer(fresh)
+
+    def _state(self) -> records_pb2.PeerState.ValueType:
+        if self._group is not None and not self._group.serving:
+            return RESERVED  # it takes over another replica's state
+        return COMPLETE if self._reporter.complete else SERVING
 
     async def keep(self) -> None:
         """Renews the entry for ever, at once when its state changes. Raises DirectoryLost when the directory died."""
@@ -108,16 +118,31 @@ class Presence:
         metrics = self._reporter.metrics
         metrics.set_swarm(SwarmView.of(snapshot), contribution(snapshot, self._entry.peer_id))
         self._check_claim(snapshot)
-        current = self._current if linked else None  # a hop that has just failed is chosen anew
-        if ledger.is_last:
-            return
+        if self._group is not None:
+            self._follow_all(snapshot, self._group)
+        elif not ledger.is_last:
+            self._follow_one(snapshot, self._current if linked else None)  # a hop that has just failed is chosen anew
+
+    def _follow_one(self, snapshot: DirectorySnapshot, current: str | None) -> None:
         hop = choose_next_hop(snapshot, self._entry.stage + 1, current, _UNMEASURED, random.Random(), now=time.time())
         if hop is not None:
             self._current = hop.peer_id
             self._peer.set_next_hop(hop.endpoints[0])
 
+    def _follow_all(self, snapshot: DirectorySnapshot, group: ReplicaGroup) -> None:
+        """Every peer of the next stage may be sent to, and every replica of this stage takes part."""
+        me, stage, now = self._entry.peer_id, self._entry.stage, time.time()
+        replicas = [entry for entry in snapshot.at(stage) if entry.peer_id != me and entry.is_live(now)]
+        group.listed({entry.peer_id: entry.endpoints[0] for entry in replicas})
+        if not self._peer.ledger.is_last:
+            known = frozenset(self._peer.neighbours.next_hops)
+            hops = choose_next_hops(snapshot, stage + 1, known, random.Random(me), now=now)
+            self._peer.neighbours.set_next_hops({entry.peer_id: entry.endpoints[0] for entry in hops})
+
     def _check_claim(self, snapshot: DirectorySnapshot) -> None:
         """Two peers that claimed one stage within a slow directory's blind moment: the later claim gives way."""
+        if self._group is not None:
+            return
         me, stage = self._entry.peer_id, self._entry.stage
         if snapshot.find(me) is not None and not resolve_reservation(snapshot, me, stage, now=time.time()):
             raise StageUnavailable(f"another peer has the earlier claim to stage {stage}")

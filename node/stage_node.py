@@ -16,6 +16,7 @@ from typing import Any
 from resbm_pb import stage_pb2
 
 from coordinator.assignment import MachineProfile
+from coordinator.averaging import ReplicaAveraging
 from coordinator.directory import RESERVED, PeerEntry
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
 from coordinator.settlement import Place, Rules
@@ -30,6 +31,9 @@ from node.join_steps import JoinSteps
 from node.metrics import NodeInfo, WorkerMetrics
 from node.metrics_server import MetricsServer
 from node.presence import Presence
+from node.replication.calls import GrpcLine, ReplicaService
+from node.replication.group import Means, Member, ReplicaGroup
+from node.replication.record import StepRecorder
 from node.reporting import EventReporter
 from node.sampling import keep_sampling
 from node.tcp_links import LinkWatch
@@ -39,6 +43,7 @@ from stage_server.errors import LinkLost, PortTaken, RewindNeeded
 from stage_server.grpc_links import describe
 from stage_server.links import LinkIdentity
 from stage_server.peer import StagePeer
+from stage_server.replica_trainer import ReplicaTrainer
 from stage_server.server import ServedStage, StageServer, StageService
 from stage_server.wire import PROTOCOL_VERSION, WireFormat
 
@@ -60,6 +65,7 @@ class StageNode:
         self._steps = steps
         self._host = announced_host(spec.host, spec.announce)
         self._service = StageService()
+        self._replica_service = ReplicaService()
         self._peer: StagePeer | None = None
         self._metrics: WorkerMetrics | None = None
         self._asked_to_drain = asyncio.Event()
@@ -86,7 +92,8 @@ class StageNode:
 
     async def _join_and_serve(self) -> None:
         config = await self._fetch_config()
-        server = StageServer(self._service, WireFormat(config).max_frame_bytes)
+        also = [self._replica_service.add_to] if config.replicas.max_replicas is None else []
+        server = StageServer(self._service, WireFormat(config).max_frame_bytes, also)
         try:
             entry = await self._settle(config, await self._listen(server))
             await self._build_and_serve(config, entry)
@@ -155,7 +162,8 @@ class StageNode:
             place = await self._take_place(config, entry, measured)
             note(place.reason)
         emit(Assigned(stage=place.stage, num_stages=config.stages, reason=place.reason))
-        return replace(entry, stage=place.stage, reserved_at=place.reserved_at)
+        throughput = MachineProfile(self._peer_id, measured.throughput, measured.fits).rates[place.stage]
+        return replace(entry, stage=place.stage, reserved_at=place.reserved_at, throughput=throughput)
 
     async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
         machine = MachineProfile(self._peer_id, measured.throughput, measured.fits)
@@ -164,12 +172,14 @@ class StageNode:
         wanted = held if asked is None else asked
         # Who holds a stage's weights waits for its place when someone else has taken it meanwhile.
         patience = PATIENCE_WITH_STATE if held is not None and held == wanted else timedelta(0)
+        limit = config.replicas.max_replicas
         try:
-            return await self._swarm.settle(entry, machine, config.stages, Rules(wanted=wanted, patience=patience))
+            rules = Rules(wanted=wanted, max_replicas=limit, patience=patience)
+            return await self._swarm.settle(entry, machine, config.stages, rules)
         except StageUnavailable:
             if asked is not None:
                 raise
-            return await self._swarm.settle(entry, machine, config.stages, Rules())
+            return await self._swarm.settle(entry, machine, config.stages, Rules(max_replicas=limit))
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -197,10 +207,13 @@ class StageNode:
             committed = parts.ledger.committed
             note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
         folder = self._spec.state_folder
-        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder)
+        group = self._group(config, entry, parts, reporter)
+        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder, group=group)
         with self._steps.step("live") as note:
             served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
             self._service.attach(served)
+            if group is not None:
+                self._replica_service.attach(group)
             await presence.announce()
             note(f"serving stage {entry.stage} at {entry.endpoints[0]}")
         live = Live(
@@ -214,7 +227,28 @@ class StageNode:
         )
         metrics.observe(live)
         emit(live)
-        await self._work(presence, keep_sampling(self._peer, links, metrics, folder))
+        sampling = keep_sampling(self._peer, links, metrics, folder)
+        await self._work(presence, sampling, *([] if group is None else [group.run()]))
+
+    def _group(
+        self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter
+    ) -> ReplicaGroup | None:
+        """This peer among the replicas of its stage, where a stage may have several."""
+        trainer, host = parts.trainer, self._spec.host
+        if not isinstance(trainer, ReplicaTrainer):
+            return None
+        endpoint = entry.endpoints[0]
+        announce = endpoint.rpartition(":")[0]
+        member = Member(config.run_id, entry.stage, self._peer_id, endpoint, entry.reserved_at, entry.throughput)
+        means = Means(
+            line=lambda endpoint: GrpcLine(endpoint, config.run_id, entry.stage),
+            averaging=lambda: ReplicaAveraging.start(
+                num_values=trainer.num_values, listen_host=host, announce_host=announce
+            ),
+            recorder=StepRecorder.from_environment(entry.stage, self._peer_id),
+            on_serving=lambda _: reporter.state_changed.set(),
+        )
+        return ReplicaGroup(member, self._require_peer(), trainer, parts.checkpoints, means)
 
     async def _build(self, config: RunConfig, entry: PeerEntry) -> StageParts:
         """In a thread, while the claim is renewed: weights and text may take longer than a claim lives."""
@@ -240,10 +274,10 @@ class StageNode:
             except DirectoryLost as error:
                 log.warning("the claim is not renewed: %s", error)
 
-    async def _work(self, presence: Presence, sampling: Coroutine[Any, Any, None]) -> None:
+    async def _work(self, presence: Presence, *others: Coroutine[Any, Any, None]) -> None:
         peer = self._require_peer()
         try:
-            errors = await until_first_ends(peer.run(), presence.keep(), presence.follow(), sampling)
+            errors = await until_first_ends(peer.run(), presence.keep(), presence.follow(), *others)
             if errors:
                 raise errors[0]
         except RewindNeeded as error:

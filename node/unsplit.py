@@ -51,6 +51,13 @@ class UnsplitModel:
 
     def train_step(self, step: int, microbatch: Microbatches) -> float:
         """One optimizer step (1-based): the mean loss of its microbatches, nats per token."""
+        loss = self.accumulate(step, microbatch)
+        for optimizer in self._optimizers:
+            optimizer.step(step)
+        return loss
+
+    def accumulate(self, step: int, microbatch: Microbatches) -> float:
+        """Adds the gradients of a step's microbatches to what is there, and takes no step; their mean loss."""
         count = self.config.plan.microbatches_per_step
         weight = torch.tensor(1.0 / count, device=self.device)
         losses = []
@@ -59,9 +66,21 @@ class UnsplitModel:
             loss = self._loss(name, microbatch(name))
             torch.autograd.backward(loss, weight)
             losses.append(float(loss.detach()))
-        for optimizer in self._optimizers:
-            optimizer.step(step)
         return mean_loss(losses)
+
+    def gradients(self) -> dict[int, Tensor]:
+        """By stage, the gradient sum as one vector, parameters in name order."""
+        return {
+            stage: torch.cat(
+                [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in named.values()]
+            )
+            for stage, named in enumerate(self._parameters)
+        }
+
+    def zero_gradients(self) -> None:
+        """Forgets all gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_gradients()
 
     @torch.no_grad()
     def evaluate(self, step: int, microbatch: Microbatches) -> float:

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, h latent width, N values of all parameters together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class ReplicaTrainer(StageTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.before_commit: Callable[[int, ReplicaTrainer], None] | None = None
+        """Called on the device thread when the gradient is what a step will be taken with."""
         self._earlier: dict[str, Tensor] = {}
         self._late_graphs: dict[MicrobatchId, Graph] = {}
 
@@ -88,6 +90,8 @@ class ReplicaTrainer(StageTrainer):
         self._graphs.clear()
         self._inputs.clear()
         self._late_graphs.clear()
+        if self.before_commit is not None:
+            self.before_commit(step, self)
         if not self.module.is_first:
             self._earlier = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         return super().commit(step)

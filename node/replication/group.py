@@ -44,6 +44,7 @@ from node.replication.calls import Line, Prepared
 from node.replication.contacts import Contacts
 from node.replication.duties import ReplicaDuties, sizes
 from node.replication.messages import ReplicaWord
+from node.replication.record import StepRecorder
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid, LinkLost, StageError
 from stage_server.fetch import fetch_state
@@ -97,6 +98,7 @@ class Means:
 
     line: Callable[[str], Line]
     averaging: Callable[[], Awaitable[Averaging]]
+    recorder: StepRecorder | None = None
     on_serving: Callable[[bool], None] = lambda _: None
     on_transfer: Callable[[Any], None] = lambda _: None
 
@@ -122,6 +124,7 @@ class ReplicaGroup:
         self._seen: tuple[object, ...] = ()
         self._lineages = {committed: lineage}
         self._totals: dict[int, Tensor] = {}
+        self._rounds: dict[int, Round] = {}
         self._averaging: Averaging | None = None
         self._round: tuple[Round, asyncio.Task[None]] | None = None
         self._takeover: asyncio.Task[None] | None = None
@@ -135,6 +138,8 @@ class ReplicaGroup:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         peer.lineage = lambda: self._lineages[self._ledger.committed]
         peer.on_progress = self._progress
+        if means.recorder is not None:
+            trainer.before_commit = means.recorder.before_commit
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -240,6 +245,7 @@ class ReplicaGroup:
                         self._act(self._agreement.receive_round(proposed))
                 case Average(proposed, share):
                     self._drop_round()
+                    self._rounds[proposed.number] = proposed
                     if not self._is_settled_alone(proposed, share):
                         self._round = proposed, self._start(self._average(proposed, share))
                 case Commit(step, averaged):
@@ -369,6 +375,10 @@ class ReplicaGroup:
         total = self._totals.get(averaged.round)
         self._totals.clear()
         self._lineages[step] = self._agreement.lineage
+        agreed = self._rounds.get(averaged.round)
+        self._rounds.clear()
+        if self._means.recorder is not None:
+            self._means.recorder.committed(step, self._agreement.lineage, agreed)
         for old in [old for old in self._lineages if old < step - 2 * self._ledger.checkpoint_every - 2]:
             del self._lineages[old]
         if self._behind is not None:
@@ -420,6 +430,7 @@ class ReplicaGroup:
             log.info("taking over the state of step %d from %s", prepared.step, peer)
             self._lineages = {prepared.step: prepared.lineage}
             self._totals.clear()
+            self._rounds.clear()
             self._act(self._agreement.resynced(prepared.step, prepared.lineage))
             donors = [contact.endpoint, *self._others_with(prepared, peer)]
             folder = self._checkpoints.incoming
@@ -478,6 +489,7 @@ class ReplicaGroup:
         self.serving = True
         log.info("serving from step %d on", committed)
         self._means.on_serving(True)
+        self._peer.neighbours.report()  # before the first frame of a step that they do not expect yet
         self._contacts.changed()
         self._look()
         self._progress()

@@ -1,0 +1,1 @@
+"""`bench churn`: machines that come, stall and die while a swarm trains."""

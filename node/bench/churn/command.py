@@ -1,0 +1,229 @@
+"""`resbm-node bench churn`: machines that come, stall and die while a swarm trains, and what of it training shows.
+
+Real processes on this machine's loopback: a coordinator and peers as anyone would start them. First undisturbed, then
+every few seconds a random peer is killed or stopped and a new one joins. Afterwards every commit's microbatches are
+counted, and recorded steps are computed again by one process from the same weights on the same microbatches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from node.bench.churn.journal import Counted, Journal, count_microbatches, percentile
+from node.bench.churn.schedule import Blow, ChurnPlan, choose_victim
+from node.bench.common import JsonLines, OutFile, Quick, Report, Table, watching
+
+if TYPE_CHECKING:
+    from node.bench.churn.swarm import ChurnSwarm
+    from node.bench.churn.verify import Verified
+    from node.config import RunConfig
+
+FORMING_SECONDS = 180.0
+PRESET = "tiny"
+
+
+def churn(
+    *,
+    preset: Annotated[str, typer.Option(help="Run to train; its stages are shared.")] = PRESET,
+    stages: Annotated[int, typer.Option(min=1, help="Stages.")] = 4,
+    peers: Annotated[int, typer.Option(min=1, help="Peers at the start.")] = 8,
+    microbatches: Annotated[int, typer.Option(min=1, help="Microbatches in a step.")] = 16,
+    quiet: Annotated[float, typer.Option(min=0, help="Seconds before the first blow.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of churn.")] = 600.0,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two blows.")] = 20.0,
+    stop: Annotated[float, typer.Option(min=0, help="Seconds that a stopped peer sleeps.")] = 15.0,
+    without_coordinator: Annotated[
+        bool, typer.Option("--without-coordinator", help="Kill the coordinator with the first blow, for good.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides who is hit by what.")] = 0,
+    quick: Quick = False,
+    json_lines: JsonLines = False,
+    out: OutFile = None,
+) -> None:
+    """Train while peers are killed, stopped and replaced; count every microbatch and check the gradients.
+
+    Example: resbm-node bench churn --quick
+    """
+    if quick:
+        stages, peers, quiet, seconds, every, stop = 2, 4, 20.0, 60.0, 15.0, 8.0
+    from node.config import preset as preset_named
+    from node.config import validated
+
+    values = preset_named(preset).model_dump()
+    values["stages"] = stages
+    values["model"]["num_hidden_layers"] = max(stages, values["model"]["num_hidden_layers"])
+    values["plan"] |= {
+        "steps": 100_000,
+        "microbatches_per_step": microbatches,
+        "evaluate_every": 50,
+        "checkpoint_every": 1,
+    }
+    values["replicas"]["averaging"] = "sync"
+    config = validated(values, "command line")
+    plan = ChurnPlan(peers, quiet, seconds, every, stop, seed=seed)
+    with watching(json_lines=json_lines) as watcher:
+        report = Report("churn", watcher, quick=quick, out=out)
+        with tempfile.TemporaryDirectory(prefix="resbm-churn-") as folder:
+            found = _Findings(config, plan, Path(folder), watcher.doing, without_coordinator=without_coordinator)
+            asyncio.run(found.run())
+            watcher.doing("computing recorded steps again", 0.97)
+            found.verify()
+        measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, **found.measurements()}
+        report.finish(measurements, found.tables(), found.summary())
+
+
+class _Findings:
+    """One run of the benchmark and what it showed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: ChurnPlan,
+        folder: Path,
+        doing: Callable[[str, float], None],
+        *,
+        without_coordinator: bool,
+    ) -> None:
+        self._config, self._plan, self._folder, self._doing = config, plan, folder, doing
+        self._without_coordinator = without_coordinator
+        self._marks: dict[str, float] = {}
+        self.journal = Journal(config.stages)
+        self.counted = Counted(0, 0, 0, 0)
+        self.verified: list[Verified] = []
+
+    async def run(self) -> None:
+        """Forms the swarm, leaves it alone, strikes it, ends it."""
+        from node.bench.churn.swarm import ChurnSwarm
+        from node.config import dump_toml
+        from node.processes import become_subreaper
+
+        become_subreaper()
+        run_file = self._folder / "run.toml"
+        run_file.write_text(dump_toml(self._config))
+        swarm = ChurnSwarm(run_file, self._config.stages, self._folder, record_every=10)
+        self.journal = swarm.journal
+        try:
+            await swarm.start()
+            for _ in range(self._plan.peers):
+                await swarm.join(late=False)
+            await self._until_formed(swarm)
+            self._marks["quiet"] = time.monotonic()
+            await self._pass(self._plan.quiet_seconds, "undisturbed", 0.0)
+            self._marks["churn"] = time.monotonic()
+            await self._strike(swarm)
+            self._marks["end"] = time.monotonic()
+        finally:
+            await swarm.close()
+        self._count(swarm.records)
+
+    async def _until_formed(self, swarm: ChurnSwarm) -> None:
+        async with asyncio.timeout(FORMING_SECONDS):
+            while len(swarm.serving) < self._plan.peers:
+                self._doing(f"{len(swarm.serving)} of {self._plan.peers} peers take part", 0.0)
+                await asyncio.sleep(0.5)
+
+    async def _pass(self, seconds: float, what: str, done: float) -> None:
+        end = time.monotonic() + seconds
+        total = self._plan.quiet_seconds + self._plan.churn_seconds
+        while (left := end - time.monotonic()) > 0:
+            self._doing(
+                f"{what}, step {max(self.journal.swarm_step_times(), default=0)}", done + (seconds - left) / total
+            )
+            await asyncio.sleep(min(1.0, left))
+
+    async def _strike(self, swarm: ChurnSwarm) -> None:
+        plan = self._plan
+        chance = random.Random(plan.seed)
+        if self._without_coordinator:
+            swarm.end_coordinator()
+        total = plan.quiet_seconds + plan.churn_seconds
+        sleepers: set[asyncio.Task[None]] = set()
+        for number in range(plan.num_blows):
+            blow = chance.choice(list(plan.blows))
+            victim = choose_victim(swarm.serving, chance)
+            if victim is not None:
+                swarm.strike(blow, victim)
+                if blow is Blow.STOP:
+                    sleepers.add(asyncio.create_task(self._wake(swarm, victim)))
+                await swarm.join(late=True)
+            done = (plan.quiet_seconds + number * plan.every_seconds) / total
+            await self._pass(plan.every_seconds, f"blow {number + 1} of {plan.num_blows}: {blow}", done)
+        await asyncio.gather(*sleepers)
+
+    async def _wake(self, swarm: ChurnSwarm, name: str) -> None:
+        await asyncio.sleep(self._plan.stop_seconds)
+        swarm.go_on(name)
+
+    def _count(self, records: Path) -> None:
+        from node.replication.duties import sizes
+        from node.replication.record import read_commits
+        from stage_server.plan import Plan
+
+        size = sizes(Plan.of(self._config.plan))
+        commits = read_commits(records)
+        newest = max((commit.step for commit in commits), default=0)
+        self.counted = count_microbatches(
+            ((c.stage, c.step, c.lineage, list(c.shares.values())) for c in commits),
+            [size(step) for step in range(newest + 1)],
+        )
+
+    def verify(self) -> None:
+        """Computes the recorded steps again."""
+        from node.bench.churn.verify import verify_steps
+
+        self.verified = verify_steps(self._config, self._folder / "records")
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        journal, marks = self.journal, self._marks
+        quiet = journal.steps_per_second(marks["quiet"], marks["churn"])
+        churning = journal.steps_per_second(marks["churn"], marks["end"])
+        return {
+            "lost": self.counted.lost,
+            "duplicated": self.counted.duplicated,
+            "gradient_max_relative_difference": max((v.relative_difference for v in self.verified), default=None),
+            "replicas_identical": all(v.identical for v in self.verified) and not self.counted.disagreements,
+            "throughput_ratio": churning / quiet if quiet else None,
+            "recovery_p50_seconds": percentile(journal.recoveries(), 0.50),
+            "recovery_p95_seconds": percentile(journal.recoveries(), 0.95),
+            "join_p50_seconds": percentile(journal.join_times(), 0.50),
+            "join_p95_seconds": percentile(journal.join_times(), 0.95),
+            "blows": len(journal.struck),
+            "steps": max(journal.swarm_step_times(), default=0),
+            "commits_counted": self.counted.commits,
+            "steps_verified": len(self.verified),
+            "losses_disagree": sum(max(told) - min(told) > 1e-4 for told in journal.losses.values()),
+            "worker_restarts": journal.restarts,
+        }
+
+    def tables(self) -> list[Table]:
+        rows = [
+            (name, "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value))
+            for name, value in self.summary().items()
+        ]
+        return [Table("Training while machines come, stall and die", ("figure", "value"), rows)]
+
+    def measurements(self) -> dict[str, Any]:
+        start = self._marks["quiet"]
+        journal = self.journal
+        return {
+            "plan": asdict(self._plan),
+            "without_coordinator": self._without_coordinator,
+            "churn_began_seconds": self._marks["churn"] - start,
+            "steps": {step: round(at - start, 3) for step, at in journal.swarm_step_times().items()},
+            "struck": [{**asdict(struck), "at": round(struck.at - start, 3)} for struck in journal.struck],
+            "recoveries_seconds": journal.recoveries(),
+            "joins_seconds": journal.join_times(),
+            "evaluations": journal.evaluations,
+            "verified": [asdict(verified) for verified in self.verified],
+        }

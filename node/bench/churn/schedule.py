@@ -1,0 +1,45 @@
+"""What goes wrong when, and to whom. Pure: a seed decides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Blow(StrEnum):
+    """What happens to a machine. After each a new machine joins."""
+
+    KILL = "kill"  # SIGKILL to all of the peer's processes; it never comes back
+    STOP = "stop"  # SIGSTOP for a while: a machine that sleeps, or is gone from the network
+
+
+@dataclass(frozen=True, slots=True)
+class ChurnPlan:
+    """One run of the benchmark."""
+
+    peers: int
+    quiet_seconds: float  # before the first blow: the undisturbed speed
+    churn_seconds: float
+    every_seconds: float  # between two blows
+    stop_seconds: float
+    blows: Sequence[Blow] = (Blow.KILL, Blow.STOP)
+    seed: int = 0
+
+    @property
+    def num_blows(self) -> int:
+        return max(0, round(self.churn_seconds / self.every_seconds))
+
+
+def choose_victim(serving: Mapping[str, int], chance: random.Random) -> str | None:
+    """Who is hit next: anybody who serves a stage that someone else serves too.
+
+    The last peer of a stage is spared: its memory is the only place where the stage's newest state is.
+
+    Args:
+        serving: stage by name of each peer that serves now.
+    """
+    stages = list(serving.values())
+    candidates = sorted(name for name, stage in serving.items() if stages.count(stage) > 1)
+    return chance.choice(candidates) if candidates else None
