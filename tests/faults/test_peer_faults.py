@@ -76,7 +76,7 @@ def test_an_undisturbed_swarm_equals_the_reference(codec: str, over_grpc: bool, 
 FAULTS = st.dictionaries(st.integers(0, 90), st.sampled_from(list(Fault)), max_size=10)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=FAULTS, second=FAULTS)
 def test_spoiled_frames_change_nothing(first: dict[int, Fault], second: dict[int, Fault], tmp_path_factory) -> None:
     plans = {0: FaultPlan(first), 1: FaultPlan(second)}
