@@ -35,8 +35,6 @@ __all__ = ["AveragingFailed", "Reason", "ReplicaAveraging", "StageSum", "Wire"]
 
 GRACE = timedelta(seconds=3)
 """How much later than a round's own end its process may answer, before it is given up."""
-MAX_FAILURES = 50
-"""Failed rounds after which the process is replaced: hivemind leaks a little with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,6 @@ class ReplicaAveraging:
         self._start, self._memory = start, memory
         self._child: Child | None = child
         self._restart: asyncio.Task[None] | None = None
-        self._failures = 0
         self._address, self._peer_id = child.address, child.peer_id
         self._turn = asyncio.Lock()
         self._closed = False
@@ -168,9 +165,6 @@ class ReplicaAveraging:
                     raise
                 raise AveragingFailed(Reason.PROCESS_LOST, "the averaging process does not answer") from error
             if "reason" in answer:
-                self._failures += 1
-                if self._failures >= MAX_FAILURES:
-                    self._replace_child()
                 raise AveragingFailed(Reason(answer["reason"]), answer["cause"])
             return StageSum(
                 num_microbatches=answer["num_microbatches"],
@@ -187,7 +181,7 @@ class ReplicaAveraging:
         self._closed = True
         if self._restart is not None:
             self._restart.cancel()
-            await asyncio.wait({self._restart})
+            await asyncio.gather(self._restart, return_exceptions=True)
         if self._child is not None:
             await self._child.close()
             self._child = None
@@ -218,7 +212,6 @@ class ReplicaAveraging:
         old, self._child = self._child, None
         if old is not None:
             await old.close(within=timedelta(0))
-        self._failures = 0
         try:
             self._child = await Child.start(self._start)
         except AveragingFailed:  # perhaps somebody else has got the port meanwhile

@@ -23,7 +23,7 @@ from coordinator import children
 from coordinator.averaging_failure import AveragingFailed, Reason
 
 COMMAND = (sys.executable, "-m", "coordinator.averaging_process")
-START_TIMEOUT = timedelta(seconds=60)
+START_TIMEOUT = timedelta(seconds=120)  # two seconds of one core, which others may want too
 CLOSE_TIMEOUT = timedelta(seconds=2)
 _PREFIX = "resbm-averaging-"
 _LOCK = "lock"

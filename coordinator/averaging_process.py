@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import mmap
 import shutil
 import signal
@@ -129,6 +130,7 @@ class Service:
     async def _sum(self, request: dict[str, Any]) -> Sum:
         members = [Member.parse(text) for text in request["members"]]
         work = asyncio.create_task(self._averager.sum(request["key"], members, request["count"]))
+        work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # of a round given up: seen
         try:
             # Not asyncio.timeout: hivemind turns a cancellation inside it into errors of its own.
             await asyncio.wait({work}, timeout=request["timeout_seconds"])
@@ -161,7 +163,7 @@ async def start_p2p(settings: Settings) -> Any:
                 identity_path=str(key_file),
                 check_if_identity_free=False,
                 dht_mode="client",
-                startup_timeout=30,
+                startup_timeout=60,
                 use_relay=False,
                 use_auto_relay=False,
                 auto_nat=False,
@@ -214,7 +216,9 @@ def main() -> None:
     folder = Path(settings.folder)
     children.die_with_parent(settings.parent_pid, folder)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # this process runs hivemind's code alone; its warnings are not ours to heed
+    # This process runs hivemind's code alone: its warnings, and what it leaves unawaited, are not ours to heed.
+    warnings.simplefilter("ignore")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         uvloop.run(run(settings))
     except Exception as error:  # noqa: BLE001 - told to the parent, and here to whoever reads the log
