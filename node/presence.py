@@ -14,7 +14,7 @@ from pathlib import Path
 from resbm_pb import records_pb2
 
 from coordinator.assignment import resolve_reservation
-from coordinator.directory import COMPLETE, RESERVED, SERVING, DirectorySnapshot, PeerEntry
+from coordinator.directory import COMPLETE, DRAINING, RESERVED, SERVING, DirectorySnapshot, PeerEntry
 from coordinator.errors import DirectoryLost, StageUnavailable
 from coordinator.routing import choose_next_hop, choose_next_hops
 from coordinator.swarm import PEER_RENEWAL, Swarm
@@ -74,6 +74,8 @@ class Presence:
         await self._swarm.publish_peer(fresh)
 
     def _state(self) -> records_pb2.PeerState.ValueType:
+        if self._peer.draining and not self._reporter.complete:
+            return DRAINING
         if self._group is not None and not self._group.serving:
             return RESERVED  # it takes over another replica's state
         return COMPLETE if self._reporter.complete else SERVING

@@ -68,6 +68,7 @@ class StageNode:
         self._replica_service = ReplicaService()
         self._peer: StagePeer | None = None
         self._metrics: WorkerMetrics | None = None
+        self._reporter: EventReporter | None = None
         self._asked_to_drain = asyncio.Event()
 
     def drain(self) -> None:
@@ -77,6 +78,8 @@ class StageNode:
             self._metrics.set_state("draining")
         if self._peer is not None:
             self._peer.drain()
+        if self._reporter is not None:
+            self._reporter.state_changed.set()  # nobody is to send anything here any more
 
     async def run(self) -> None:
         """Joins and serves. Raises the typed errors of all rooms, and RewindNeeded for a restart."""
@@ -198,7 +201,7 @@ class StageNode:
     async def _build_and_work(
         self, config: RunConfig, entry: PeerEntry, metrics: WorkerMetrics, metrics_endpoint: str | None
     ) -> None:
-        reporter = EventReporter(entry.stage, metrics, emit)
+        reporter = self._reporter = EventReporter(entry.stage, metrics, emit)
         links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
         with self._steps.step("state") as note:
             parts = await self._build(config, entry)

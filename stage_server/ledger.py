@@ -392,6 +392,11 @@ class StageLedger:
             self._mark = step
         self._drop_below_floor()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether this peer is the only one of its stage, as far as it was told."""
+        return self._alone
+
     # -- replicas -----------------------------------------------------------------------------------------------
 
     def alone(self, alone: bool) -> None:

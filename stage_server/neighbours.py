@@ -116,9 +116,9 @@ class Neighbours:
 
     async def _keep(self, peer: str) -> None:
         pause = REDIAL_FIRST
-        while True:
+        while (endpoint := self._hops.get(peer)) is not None:
             try:
-                stream = await self._dialer.dial(self._hops[peer])
+                stream = await self._dialer.dial(endpoint)
                 opened_at = time.monotonic()
                 try:
                     await self.run_session(stream, Side.DOWNSTREAM, peer)

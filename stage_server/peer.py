@@ -46,6 +46,9 @@ from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, Wi
 
 T = TypeVar("T")
 
+DRAIN_WITHIN = timedelta(seconds=8)
+"""How long a peer that leaves stays for the present step of a shared stage."""
+
 
 class StagePeer:
     """Serves one stage until the run is complete or it is told to drain. Implements NeighbourHost."""
@@ -86,6 +89,7 @@ class StagePeer:
         self._orders: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._wake = asyncio.Event()
         self._draining = False
+        self._leave_after: int | None = None  # a step to be committed before this peer leaves
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = _StepClock(self.totals)
         self._sent_at: dict[MicrobatchId, float] = {}
@@ -107,9 +111,29 @@ class StagePeer:
             raise errors[0]
 
     def drain(self) -> None:
-        """Finish the task at hand, save, say goodbye; `run` returns then."""
+        """Finish the task at hand, save, say goodbye; `run` returns then.
+
+        Where others share the stage, first stay until the step is committed, or for a while: what this peer's sum holds
+        would have to be computed again.
+        """
         self._draining = True
+        if self.ledger.shared and not self.ledger.is_alone:
+            self._leave_after = self.ledger.step
+            asyncio.get_running_loop().call_later(DRAIN_WITHIN.total_seconds(), self._leave_now)
         self._wake.set()
+
+    def _leave_now(self) -> None:
+        self._leave_after = None
+        self._wake.set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether this peer is about to leave."""
+        return self._draining
+
+    def _is_over(self) -> bool:
+        waits = self._leave_after is not None and self.ledger.committed < self._leave_after and not self.ledger.complete
+        return self._draining and not waits
 
     def go_back(self, to_step: int) -> None:
         """Discards checkpoints after `to_step`, for a restart from there. Call when `run` has ended."""
@@ -140,7 +164,7 @@ class StagePeer:
 
     async def _work(self) -> None:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device") as device:
-            while not self._draining:
+            while not self._is_over():
                 self._wake.clear()
                 await self._prune(device)
                 await self._obey(device)

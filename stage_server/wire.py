@@ -40,7 +40,7 @@ from stage_server.errors import (
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.profile import Profile, Work
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DENSE_BYTES_PER_VALUE = 2  # bf16, what the uncompressed activations would have cost
 MAX_LOSS = 1e4  # nats per token; anything above is not a loss
 MAX_SCALE_CODE = 220  # 2^5: gradients of a mean loss are far below 1; the codec's own top leaves room to amplify them

@@ -66,6 +66,11 @@ class Contacts:
         """Everybody who is not forgotten, by peer id."""
         return self._contacts
 
+    @property
+    def unheard(self) -> bool:
+        """Whether somebody is known who has neither said anything nor turned out to be gone."""
+        return any(contact.word is None and contact.refusals < REFUSALS for contact in self._contacts.values())
+
     def in_sight(self) -> dict[str, ReplicaWord]:
         """The newest word of each that was heard lately."""
         oldest = time.monotonic() - SIGHT.total_seconds()

@@ -61,6 +61,10 @@ PATIENCE_FACTOR = 4.0  # times the longest of the last rounds
 PAUSE_AFTER_FAILURE = timedelta(seconds=0.3)
 COMMIT_WAIT = timedelta(seconds=5)
 PIN = timedelta(seconds=60)
+CLOSING = "closing"
+"""Stands for the sum of a step that has none: the last evaluation."""
+INTRODUCTION = timedelta(seconds=5)
+"""How long a new replica waits to hear from those that the directory names."""
 
 
 class Averaging(Protocol):
@@ -110,7 +114,8 @@ class ReplicaGroup:
         self, member: Member, peer: StagePeer, trainer: ReplicaTrainer, checkpoints: CheckpointStore, means: Means
     ) -> None:
         self.run_id, self.stage = member.run_id, member.stage
-        self.serving = True
+        self.serving = False
+        """Whether this replica computes microbatches: it has met the others, and is level with them."""
         self.num_takeovers = 0
         self._member, self._peer, self._ledger, self._trainer = member, peer, peer.ledger, trainer
         self._checkpoints, self._means = checkpoints, means
@@ -131,12 +136,17 @@ class ReplicaGroup:
         self._behind: deque[tuple[int, Tensor | None]] | None = None  # commits to be taken when the copy is here
         self._recounting = False
         self._level_at = committed
+        self._listed_at: float | None = None  # monotonic seconds; when the directory was first heard
+        self._introduced = False
+        peer.ledger.paused = True
         self._starting: asyncio.Task[None] | None = None
         self._rounds_took: deque[float] = deque(maxlen=8)
         self._committed_event = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alone_digest = f"alone/{member.peer_id}"
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        peer.lineage = lambda: self._lineages[self._ledger.committed]
+        self._standing = lineage  # of the state that this replica really has, whatever it is about to take over
+        peer.lineage = lambda: self._lineages.get(self._ledger.committed, self._standing)
         peer.on_progress = self._progress
         if means.recorder is not None:
             trainer.before_commit = means.recorder.before_commit
@@ -164,7 +174,10 @@ class ReplicaGroup:
 
     def listed(self, endpoints: Mapping[str, str]) -> None:
         """The other replicas of the stage, as the directory has them: endpoint by peer id."""
+        if self._listed_at is None:
+            self._listed_at = time.monotonic()
         self._contacts.listed(endpoints)
+        self._look()
 
     @property
     def num_in_sight(self) -> int:
@@ -174,6 +187,7 @@ class ReplicaGroup:
     def _look(self) -> None:
         """Who is in sight; tells the agreement when that has changed."""
         self._contacts.forget_old()
+        self._introduce()
         words = self._contacts.in_sight()
         seen = tuple(sorted((peer, word.serving, word.throughput, word.reserved_at) for peer, word in words.items()))
         if (seen, self.serving) == self._seen:
@@ -190,6 +204,25 @@ class ReplicaGroup:
         claims = {peer: word.reserved_at for peer, word in words.items()} | {member.peer_id: member.reserved_at}
         self._act(self._agreement.in_sight(words, claims))
 
+    def _introduce(self) -> None:
+        """Nothing is computed before the others were heard: they may be steps ahead."""
+        if self._introduced or self._listed_at is None:
+            return
+        waited = time.monotonic() - self._listed_at >= INTRODUCTION.total_seconds()
+        if self._contacts.unheard and not waited:
+            return
+        self._introduced = True
+        if self._behind is None:
+            self._serve()
+
+    def _serve(self) -> None:
+        self._ledger.paused = False
+        self.serving = True
+        self._means.on_serving(True)
+        self._peer.neighbours.report()  # before the first frame of a step that they do not expect yet
+        self._contacts.changed()
+        self._peer.woken()
+
     # -- talking ------------------------------------------------------------------------------------------------
 
     def _word(self) -> ReplicaWord:
@@ -200,7 +233,7 @@ class ReplicaGroup:
             reserved_at=member.reserved_at,
             throughput=member.throughput,
             averager=self._averaging.address if self._averaging is not None else "",
-            serving=self.serving,
+            serving=self.serving and not self._peer.draining,
             tally=self._agreement.tally(),
             news=self._duties.news(),
         )
@@ -225,6 +258,7 @@ class ReplicaGroup:
         """The ledger or the agreement may have changed."""
         if self._level_at != self._ledger.committed and self._duties.is_level:
             self._level_at = self._ledger.committed
+            self._standing = self._agreement.lineage
             self._committed_event.set()
         self._act(self._duties.reconcile())
         if not self._recounting and self._behind is None and self._duties.to_recount():
@@ -280,8 +314,7 @@ class ReplicaGroup:
         """Alone, a peer's own sum is the total, and nothing has to be waited for."""
         if len(proposed.shares) > 1 or self._behind is not None or self._duties.names(share) != self._ledger.counted:
             return False
-        digest = f"alone/{self._member.peer_id}"
-        self._act(self._agreement.averaged(proposed.number, digest, len(share)))
+        self._act(self._agreement.averaged(proposed.number, self._alone_digest, len(share)))
         return True
 
     async def _average(self, proposed: Round, share: frozenset[int]) -> None:
@@ -301,12 +334,12 @@ class ReplicaGroup:
     async def _averaged(self, proposed: Round, share: frozenset[int]) -> tuple[str, int]:
         """Makes the sum hold the share, and adds up all members'. Returns (digest, microbatches in it)."""
         if not self._ledger.plan.commits(proposed.step):
-            return "closing", sum(map(len, proposed.shares.values()))  # nothing to add up
+            return CLOSING, sum(map(len, proposed.shares.values()))  # nothing to add up
         if self._behind is None:
             names = self._duties.names(share)
             await self._peer.order(lambda: self._make_sum(names))
         if len(proposed.shares) == 1:
-            return f"alone/{self._member.peer_id}", len(share)
+            return self._alone_digest, len(share)
         averaging = await self._require_averaging()
         members = [self._averager_of(peer, averaging) for peer in proposed.shares]
         if self._behind is None:
@@ -377,6 +410,9 @@ class ReplicaGroup:
         self._lineages[step] = self._agreement.lineage
         agreed = self._rounds.get(averaged.round)
         self._rounds.clear()
+        has_total = total is not None or averaged.digest in (CLOSING, self._alone_digest)
+        if not has_total:
+            raise RuntimeError(f"the sum of step {step} that was agreed on is not here")
         if self._means.recorder is not None:
             self._means.recorder.committed(step, self._agreement.lineage, agreed)
         for old in [old for old in self._lineages if old < step - 2 * self._ledger.checkpoint_every - 2]:
@@ -400,7 +436,9 @@ class ReplicaGroup:
                 await self._committed_event.wait()
         except TimeoutError:
             log.info("no commit for a while: the state as it is")
-        return await self._peer.order(self._save_state)
+        prepared = await self._peer.order(self._save_state)
+        await asyncio.to_thread(self._checkpoints.listing, prepared.step)  # hashes it before anybody waits for that
+        return prepared
 
     def _save_state(self) -> Prepared:
         """On the device thread."""
@@ -447,13 +485,17 @@ class ReplicaGroup:
         except (StageError, AveragingFailed, KeyError) as error:
             log.warning("the state of %s is not to be had: %s", peer, error)
             await asyncio.sleep(PAUSE_AFTER_FAILURE.total_seconds())
-            self._behind = deque()
-            self._act(self._agreement.resync_failed())
-            if not self._is_taking_over_anew():
-                self._behind = None
+            self._stand_where_it_stands()
 
-    def _is_taking_over_anew(self) -> bool:
-        return self._takeover is not None and self._takeover is not asyncio.current_task()
+    def _stand_where_it_stands(self) -> None:
+        """The takeover failed: this replica has the state that it had. If that is not enough, it takes over another."""
+        committed, lineage = self._ledger.committed, self._standing
+        self._lineages = {committed: lineage}
+        self._takeover = None
+        self._behind = None
+        self._act(self._agreement.resynced(committed, lineage))
+        if self._takeover is None and self._introduced:
+            self._serve()
 
     def _others_with(self, prepared: Prepared, peer: str) -> list[str]:
         """Further donors: replicas that may have a checkpoint of that very state."""
@@ -485,15 +527,11 @@ class ReplicaGroup:
         self._ledger.adopted(committed, durable=saved, has_earlier_weights=earlier)
         if self._duties.is_closed:
             self._ledger.agreed(self._ledger.plan.last_step)
-        self._ledger.paused = False
-        self.serving = True
+        self._standing = self._agreement.lineage
         log.info("serving from step %d on", committed)
-        self._means.on_serving(True)
-        self._peer.neighbours.report()  # before the first frame of a step that they do not expect yet
-        self._contacts.changed()
+        self._serve()
         self._look()
         self._progress()
-        self._peer.woken()
 
     def _take_step(self, step: int, total: Tensor | None) -> None:
         """On the device thread."""

@@ -1,17 +1,20 @@
 """`resbm-node bench churn`: machines that come, stall and die while a swarm trains, and what of it training shows.
 
-Real processes on this machine's loopback: a coordinator and peers as anyone would start them. First undisturbed, then
-every few seconds a random peer is killed or stopped and a new one joins. Afterwards every commit's microbatches are
-counted, and recorded steps are computed again by one process from the same weights on the same microbatches.
+Real processes: a coordinator and peers as anyone would start them, each in a network namespace of its own where this
+runs as root, else all on the loopback. First undisturbed, then every few seconds a random peer is killed, stopped or
+cut off and a new one joins. Afterwards every commit's microbatches are counted, and recorded steps are computed again
+by one process from the same weights on the same microbatches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from node.bench.churn.swarm import ChurnSwarm
     from node.bench.churn.verify import Verified
     from node.config import RunConfig
+    from node.demo import Place
 
 FORMING_SECONDS = 180.0
 PRESET = "tiny"
@@ -43,6 +47,9 @@ def churn(
     stop: Annotated[float, typer.Option(min=0, help="Seconds that a stopped peer sleeps.")] = 15.0,
     without_coordinator: Annotated[
         bool, typer.Option("--without-coordinator", help="Kill the coordinator with the first blow, for good.")
+    ] = False,
+    loopback: Annotated[
+        bool, typer.Option("--loopback", help="No network namespaces, so no links are cut; needs no root.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides who is hit by what.")] = 0,
     quick: Quick = False,
@@ -69,16 +76,32 @@ def churn(
     }
     values["replicas"]["averaging"] = "sync"
     config = validated(values, "command line")
-    plan = ChurnPlan(peers, quiet, seconds, every, stop, seed=seed)
+    loopback = loopback or os.geteuid() != 0
+    blows = tuple(blow for blow in Blow if blow is not Blow.CUT or not loopback)
+    plan = ChurnPlan(peers, quiet, seconds, every, stop, blows, seed)
     with watching(json_lines=json_lines) as watcher:
         report = Report("churn", watcher, quick=quick, out=out)
         with tempfile.TemporaryDirectory(prefix="resbm-churn-") as folder:
             found = _Findings(config, plan, Path(folder), watcher.doing, without_coordinator=without_coordinator)
-            asyncio.run(found.run())
+            with _place(plan, loopback=loopback) as place:
+                asyncio.run(found.run(place))
             watcher.doing("computing recorded steps again", 0.97)
             found.verify()
         measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, **found.measurements()}
         report.finish(measurements, found.tables(), found.summary())
+
+
+def _place(plan: ChurnPlan, *, loopback: bool) -> AbstractContextManager[Place]:
+    from node.demo import COORDINATOR, Loopback
+
+    if loopback:
+        return nullcontext(Loopback())
+    from node.bench.churn.swarm import peer_name
+    from node.lab.namespaces import NamespaceLab
+    from node.lab.shapes import UNSHAPED
+
+    names = [COORDINATOR, *(peer_name(number) for number in range(1, plan.num_joins + 1))]
+    return NamespaceLab(names, UNSHAPED)
 
 
 class _Findings:
@@ -100,7 +123,7 @@ class _Findings:
         self.counted = Counted(0, 0, 0, 0)
         self.verified: list[Verified] = []
 
-    async def run(self) -> None:
+    async def run(self, place: Place) -> None:
         """Forms the swarm, leaves it alone, strikes it, ends it."""
         from node.bench.churn.swarm import ChurnSwarm
         from node.config import dump_toml
@@ -109,7 +132,7 @@ class _Findings:
         become_subreaper()
         run_file = self._folder / "run.toml"
         run_file.write_text(dump_toml(self._config))
-        swarm = ChurnSwarm(run_file, self._config.stages, self._folder, record_every=10)
+        swarm = ChurnSwarm(run_file, self._config.stages, self._folder, place, record_every=10)
         self.journal = swarm.journal
         try:
             await swarm.start()
@@ -152,7 +175,7 @@ class _Findings:
             victim = choose_victim(swarm.serving, chance)
             if victim is not None:
                 swarm.strike(blow, victim)
-                if blow is Blow.STOP:
+                if blow is not Blow.KILL:
                     sleepers.add(asyncio.create_task(self._wake(swarm, victim)))
                 await swarm.join(late=True)
             done = (plan.quiet_seconds + number * plan.every_seconds) / total

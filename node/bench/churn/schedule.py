@@ -12,7 +12,8 @@ class Blow(StrEnum):
     """What happens to a machine. After each a new machine joins."""
 
     KILL = "kill"  # SIGKILL to all of the peer's processes; it never comes back
-    STOP = "stop"  # SIGSTOP for a while: a machine that sleeps, or is gone from the network
+    STOP = "stop"  # SIGSTOP for a while: a machine that sleeps
+    CUT = "cut"  # its network is gone for a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,14 @@ class ChurnPlan:
     quiet_seconds: float  # before the first blow: the undisturbed speed
     churn_seconds: float
     every_seconds: float  # between two blows
-    stop_seconds: float
-    blows: Sequence[Blow] = (Blow.KILL, Blow.STOP)
+    stop_seconds: float  # for how long a peer sleeps, or has no network
+    blows: Sequence[Blow] = tuple(Blow)
     seed: int = 0
+
+    @property
+    def num_joins(self) -> int:
+        """Peers that there ever are."""
+        return self.peers + self.num_blows
 
     @property
     def num_blows(self) -> int:

@@ -13,28 +13,34 @@ import psutil
 
 from node.bench.churn.journal import Journal, Struck
 from node.bench.churn.schedule import Blow
-from node.demo import COMMAND, Child
+from node.demo import COMMAND, COORDINATOR, Child, Place
 from node.events import Assigned, Evaluation, Event, StageStep, TicketPrinted, Worker
+from node.lab.namespaces import INTERFACE, NamespaceLab
 from node.processes import kill_tree
 from node.replication.record import EVERY_VARIABLE, FOLDER_VARIABLE
 
-HOST = "127.0.0.1"
 TICKET_WITHIN = 60.0  # seconds
 LEAVING = 15.0
+
+
+def peer_name(number: int) -> str:
+    """Of the peer that joins as so many-th, from 1."""
+    return f"peer-{number}"
 
 
 class ChurnSwarm:
     """Starts, strikes and ends peers, and writes down what they tell."""
 
-    def __init__(self, run_file: Path, num_stages: int, folder: Path, *, record_every: int) -> None:
+    def __init__(self, run_file: Path, num_stages: int, folder: Path, place: Place, *, record_every: int) -> None:
         self.journal = Journal(num_stages)
         self.records = folder / "records"
-        self._run_file, self._folder = run_file, folder
+        self._run_file, self._folder, self._place = run_file, folder, place
         self._ticket: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._coordinator: Child | None = None
         self._peers: dict[str, Child] = {}
         self._stage: dict[str, int] = {}
         self._stopped: dict[str, list[psutil.Process]] = {}
+        self._cut: set[str] = set()
         self._listeners: set[asyncio.Task[int]] = set()
         self._number = 0
         os.environ[FOLDER_VARIABLE] = str(self.records)
@@ -44,20 +50,20 @@ class ChurnSwarm:
 
     async def start(self) -> None:
         """The coordinator, until it has printed its ticket."""
-        command = [*COMMAND, "coordinator", "--run", str(self._run_file), "--host", HOST, "--json"]
-        command += ["--state-dir", str(self._folder / "coordinator")]
-        self._coordinator = Child("coordinator", command, self._folder)
-        self._listen("coordinator", self._coordinator)
+        command = [*COMMAND, "coordinator", "--run", str(self._run_file), "--json"]
+        command += ["--host", self._place.address(COORDINATOR), "--state-dir", str(self._folder / COORDINATOR)]
+        self._coordinator = Child(COORDINATOR, self._place.command(COORDINATOR, command), self._folder)
+        self._listen(COORDINATOR, self._coordinator)
         async with asyncio.timeout(TICKET_WITHIN):
             await self._ticket
 
     async def join(self, *, late: bool) -> str:
         """One more peer. `late`: the swarm runs already, so that the time it takes to take part is of interest."""
         self._number += 1
-        name = f"peer-{self._number}"
-        command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--host", HOST, "--json", "--device", "cpu"]
-        command += ["--threads", "1", "--state-dir", str(self._folder / name)]
-        self._peers[name] = Child(name, command, self._folder)
+        name = peer_name(self._number)
+        command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--json", "--device", "cpu"]
+        command += ["--host", self._place.address(name), "--threads", "1", "--state-dir", str(self._folder / name)]
+        self._peers[name] = Child(name, self._place.command(name, command), self._folder)
         self._listen(name, self._peers[name])
         if late:
             self.journal.joined[name] = time.monotonic()
@@ -72,7 +78,8 @@ class ChurnSwarm:
     def serving(self) -> Mapping[str, int]:
         """Stage by peer, of those that have committed something and are not stopped."""
         committed = self.journal.first_commit
-        return {n: s for n, s in self._stage.items() if n in self._peers and n in committed and n not in self._stopped}
+        away = self._stopped.keys() | self._cut
+        return {n: s for n, s in self._stage.items() if n in self._peers and n in committed and n not in away}
 
     @property
     def pids(self) -> Sequence[int]:
@@ -81,7 +88,7 @@ class ChurnSwarm:
 
     async def close(self) -> None:
         """Everybody leaves; nothing of them is left."""
-        for name in list(self._stopped):
+        for name in [*self._stopped, *self._cut]:
             self.go_on(name)
         children = [*self._peers.values(), *([self._coordinator] if self._coordinator else [])]
         for child in children:
@@ -104,6 +111,10 @@ class ChurnSwarm:
             del self._peers[name]
             kill_tree(child.process.pid)
             return
+        if blow is Blow.CUT:
+            self._link(name, "down")
+            self._cut.add(name)
+            return
         root = psutil.Process(child.process.pid)
         processes = [root, *root.children(recursive=True)]
         for process in processes:
@@ -111,10 +122,18 @@ class ChurnSwarm:
         self._stopped[name] = processes
 
     def go_on(self, name: str) -> None:
-        """SIGCONT to a stopped peer."""
+        """A stopped peer runs again, a cut one has its network back."""
+        if name in self._cut:
+            self._cut.discard(name)
+            self._link(name, "up")
         for process in self._stopped.pop(name, []):
             if process.is_running():
                 process.send_signal(signal.SIGCONT)
+
+    def _link(self, name: str, state: str) -> None:
+        if not isinstance(self._place, NamespaceLab):
+            raise ValueError("links can be cut in network namespaces only")
+        self._place.tools(name).run(f"ip link set {INTERFACE} {state}")
 
     # -- what they tell -----------------------------------------------------------------------------------------
 
