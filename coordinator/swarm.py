@@ -159,21 +159,35 @@ class Swarm:
         except RecordError as error:
             raise RunNotFound(f"run {ticket.run_id} is published, but not validly: {error.cause}") from error
 
-    async def publish_peer(self, entry: PeerEntry) -> None:
+    async def publish_peer(self, entry: PeerEntry, *, beside: int | None = None) -> None:
         """Publishes this peer's entry for the next PEER_LIFETIME. An older entry under another stage is withdrawn.
+
+        Args:
+            beside: a stage whose entry stays: the peer is about to move there.
 
         Raises:
             RecordInvalid: the entry holds values that every reader would refuse.
             DirectoryLost: the directory did not take it.
         """
+        kept = {stage_key(entry.run_id, entry.stage)}
+        if beside is not None:
+            kept.add(stage_key(entry.run_id, beside))
+        await self._withdraw(self._own_keys - kept)
+        await self.publish_beside(entry)
+
+    async def publish_beside(self, entry: PeerEntry) -> None:
+        """As `publish_peer`, and entries under other stages stay: for a claim on the place that one moves to."""
         if entry.peer_id != self._peer_id:
             raise ValueError("a peer publishes itself only")
         record = entry.to_record()
         check_values(record, self._peer_id)
         key = stage_key(entry.run_id, entry.stage)
-        await self._withdraw(self._own_keys - {key})
         self._own_keys.add(key)
         await self._publish(record, records.PEER_DOMAIN, key, PEER_LIFETIME)
+
+    async def release(self, run_id: str, stage: int) -> None:
+        """Takes this peer's entry under one stage out of the directory. Raises DirectoryLost."""
+        await self._withdraw({stage_key(run_id, stage)})
 
     async def withdraw_peer(self) -> None:
         """Takes this peer's entry out of the directory at once. Does nothing when there is none.

@@ -56,6 +56,8 @@ class Presence:
         self._links = links
         self._group = group
         self._current: str | None = None  # peer id of the next hop
+        self.beside: int | None = None
+        """A stage that this peer has claimed too, because it is about to move there."""
 
     async def announce(self) -> None:
         """Publishes the entry as it is now. Raises DirectoryLost."""
@@ -71,7 +73,7 @@ class Presence:
             link_bytes_per_second=link.bytes_per_second if link else 0.0,
             **asdict(self._reporter.figures()),
         )
-        await self._swarm.publish_peer(fresh)
+        await self._swarm.publish_peer(fresh, beside=self.beside)
 
     def _state(self) -> records_pb2.PeerState.ValueType:
         if self._peer.draining and not self._reporter.complete:

@@ -19,6 +19,7 @@ from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging
 from coordinator.directory import RESERVED, PeerEntry
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
+from coordinator.rebalancing import Move
 from coordinator.settlement import Place, Rules
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
@@ -30,6 +31,7 @@ from node.events import Assigned, Live, WorkerSpec, emit
 from node.join_steps import JoinSteps
 from node.metrics import NodeInfo, WorkerMetrics
 from node.metrics_server import MetricsServer
+from node.moving import MovedAway, Mover, recall_move
 from node.presence import Presence
 from node.replication.calls import GrpcLine, ReplicaService
 from node.replication.group import Means, Member, ReplicaGroup
@@ -69,6 +71,8 @@ class StageNode:
         self._peer: StagePeer | None = None
         self._metrics: WorkerMetrics | None = None
         self._reporter: EventReporter | None = None
+        self._machine: MachineProfile | None = None
+        self._moving: Move | None = None
         self._asked_to_drain = asyncio.Event()
 
     def drain(self) -> None:
@@ -76,10 +80,7 @@ class StageNode:
         self._asked_to_drain.set()
         if self._metrics is not None:
             self._metrics.set_state("draining")
-        if self._peer is not None:
-            self._peer.drain()
-        if self._reporter is not None:
-            self._reporter.state_changed.set()  # nobody is to send anything here any more
+        self.drain_peer()
 
     async def run(self) -> None:
         """Joins and serves. Raises the typed errors of all rooms, and RewindNeeded for a restart."""
@@ -171,7 +172,9 @@ class StageNode:
     async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
         machine = MachineProfile(self._peer_id, measured.throughput, measured.fits)
         asked = self._spec.stage
-        held = stage_with_state(self._spec.state_folder, config.run_id)
+        self._machine = machine
+        moved = recall_move(self._spec.state_folder / config.run_id)
+        held = moved.stage if moved else stage_with_state(self._spec.state_folder, config.run_id)
         wanted = held if asked is None else asked
         # Who holds a stage's weights waits for its place when someone else has taken it meanwhile.
         patience = PATIENCE_WITH_STATE if held is not None and held == wanted else timedelta(0)
@@ -230,8 +233,23 @@ class StageNode:
         )
         metrics.observe(live)
         emit(live)
-        sampling = keep_sampling(self._peer, links, metrics, folder)
-        await self._work(presence, sampling, *([] if group is None else [group.run()]))
+        others = [keep_sampling(self._peer, links, metrics, folder)]
+        if group is not None:
+            others.append(group.run())
+            if self._spec.stage is None:
+                run_folder = folder / config.run_id
+                mover = Mover(
+                    swarm=self._swarm,
+                    presence=presence,
+                    group=group,
+                    entry=entry,
+                    machine=self._require_machine(),
+                    folder=run_folder,
+                )
+                others.append(self._move(mover))
+        await self._work(presence, *others)
+        if self._moving is not None:
+            raise MovedAway(self._moving.reason)
 
     def _group(
         self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter
@@ -288,6 +306,25 @@ class StageNode:
             raise
         finally:
             await presence.leave()
+
+    async def _move(self, mover: Mover) -> None:
+        """Leaves in good order once this peer is needed more elsewhere; `run` raises MovedAway then."""
+        self._moving = await mover.wanted()
+        log.info("moving: %s", self._moving.reason)
+        self.drain_peer()
+        await asyncio.Event().wait()  # until the peer has left
+
+    def drain_peer(self) -> None:
+        """The stage is left, whatever becomes of the node."""
+        if self._peer is not None:
+            self._peer.drain()
+        if self._reporter is not None:
+            self._reporter.state_changed.set()  # nobody is to send anything here any more
+
+    def _require_machine(self) -> MachineProfile:
+        if self._machine is None:
+            raise RuntimeError("the machine is measured before it serves")
+        return self._machine
 
     def _require_peer(self) -> StagePeer:
         if self._peer is None:

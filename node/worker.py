@@ -38,6 +38,7 @@ from node.events import (
     read_spec,
 )
 from node.join_steps import JoinSteps
+from node.moving import MovedAway
 from node.stage_node import StageNode
 from stage_server.errors import RewindNeeded, StageError
 
@@ -105,6 +106,9 @@ async def _serve(node: StageNode, *, may_choose_again: bool) -> int:
         await node.run()
     except RewindNeeded as error:
         log.warning("going back to step %d: %s", error.to_step, error)
+        return EXIT_RESTART
+    except MovedAway as error:
+        log.info("starting again elsewhere: %s", error)
         return EXIT_RESTART
     except StageUnavailable as error:
         if not may_choose_again:
