@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import figures_churn
 import figures_convergence
 import figures_wan
 import matplotlib.pyplot as plt
@@ -51,3 +52,5 @@ if __name__ == "__main__":
     for grid in ("deep", "main"):
         if (points := DOCS / "results" / "convergence" / f"{grid}.jsonl").exists():
             figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")
+    if (churn := DOCS / "results" / "bench-churn.json").exists():
+        figures_churn.churn(churn, DOCS / "images" / "churn.png")
