@@ -21,10 +21,12 @@ from coordinator.swarm import PEER_RENEWAL, Swarm
 from node.acquaintances import remember
 from node.replication.group import ReplicaGroup
 from node.reporting import EventReporter
+from node.service_rate import ServiceRate
 from node.swarm_view import SwarmView, contribution
 from node.tcp_links import LinkWatch
 from stage_server.ledger import Side
 from stage_server.peer import StagePeer
+from stage_server.totals import Result
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Presence:
         self._peer = peer
         self._reporter = reporter
         self._links = links
+        self._rate = ServiceRate(entry.throughput)
         self._group = group
         self._current: str | None = None  # peer id of the next hop
         self.beside: int | None = None
@@ -66,6 +69,7 @@ class Presence:
         fresh = replace(
             self._entry,
             state=self._state(),
+            throughput=self._throughput(),
             committed_step=ledger.committed,
             durable_step=ledger.durable,
             queue_depth=ledger.queue_depth,
@@ -74,6 +78,15 @@ class Presence:
             **asdict(self._reporter.figures()),
         )
         await self._swarm.publish_peer(fresh, beside=self.beside)
+
+    def _throughput(self) -> float:
+        """Where peers share stages their rates decide who does how much, so they are followed."""
+        if self._group is None:
+            return self._entry.throughput
+        totals = self._peer.totals
+        rate = self._rate.follow(totals.microbatches[Result.TRAINED], totals.compute_seconds)
+        self._group.throughput = rate
+        return rate
 
     def _state(self) -> records_pb2.PeerState.ValueType:
         if self._peer.draining and not self._reporter.complete:

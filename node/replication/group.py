@@ -116,6 +116,8 @@ class ReplicaGroup:
         self.run_id, self.stage = member.run_id, member.stage
         self.serving = False
         """Whether this replica computes microbatches: it has met the others, and is level with them."""
+        self.throughput = member.throughput
+        """Microbatches per second that this replica serves; follows what is measured."""
         self.num_takeovers = 0
         self._member, self._peer, self._ledger, self._trainer = member, peer, peer.ledger, trainer
         self._checkpoints, self._means = checkpoints, means
@@ -190,15 +192,15 @@ class ReplicaGroup:
         self._introduce()
         words = self._contacts.in_sight()
         seen = tuple(sorted((peer, word.serving, word.throughput, word.reserved_at) for peer, word in words.items()))
-        if (seen, self.serving) == self._seen:
+        if (seen, self.serving, self.throughput) == self._seen:
             return
-        self._seen = seen, self.serving
+        self._seen = seen, self.serving, self.throughput
         if words and self._averaging is None and self._starting is None:
             self._starting = self._start(self._start_averaging())
         member = self._member
         sources = {peer: word.throughput for peer, word in words.items() if word.serving}
         if self.serving or not sources:
-            sources[member.peer_id] = member.throughput
+            sources[member.peer_id] = self.throughput
         self._duties.in_sight(sources)
         self._ledger.alone(not words)
         claims = {peer: word.reserved_at for peer, word in words.items()} | {member.peer_id: member.reserved_at}
@@ -231,7 +233,7 @@ class ReplicaGroup:
             peer_id=member.peer_id,
             endpoint=member.endpoint,
             reserved_at=member.reserved_at,
-            throughput=member.throughput,
+            throughput=self.throughput,
             averager=self._averaging.address if self._averaging is not None else "",
             serving=self.serving and not self._peer.draining,
             tally=self._agreement.tally(),

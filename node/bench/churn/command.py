@@ -136,8 +136,9 @@ class _Findings:
         self.journal = swarm.journal
         try:
             await swarm.start()
-            for _ in range(self._plan.peers):
-                await swarm.join(late=False)
+            for number in range(self._plan.peers):
+                self._doing(f"peer {number + 1} of {self._plan.peers} measures this machine", 0.0)
+                await swarm.until_settled(await swarm.join(late=False))
             await self._until_formed(swarm)
             self._marks["quiet"] = time.monotonic()
             await self._pass(self._plan.quiet_seconds, "undisturbed", 0.0)

@@ -20,6 +20,7 @@ from node.processes import kill_tree
 from node.replication.record import EVERY_VARIABLE, FOLDER_VARIABLE
 
 TICKET_WITHIN = 60.0  # seconds
+SETTLED_WITHIN = 120.0
 LEAVING = 15.0
 
 
@@ -68,6 +69,12 @@ class ChurnSwarm:
         if late:
             self.journal.joined[name] = time.monotonic()
         return name
+
+    async def until_settled(self, name: str) -> None:
+        """Until the peer has a stage: of several that measure at once, each finds the machine slow."""
+        async with asyncio.timeout(SETTLED_WITHIN):
+            while name not in self._stage:  # noqa: ASYNC110 - told by another process
+                await asyncio.sleep(0.1)
 
     def end_coordinator(self) -> None:
         """SIGKILL, and it never comes back."""
