@@ -88,21 +88,19 @@ class BottleneckConfig(Frozen):
     )
     norm: bool = Field(True, description="RMSNorm of the latent, without which latents explode over boundaries")
     centre: bool = Field(
-        False,
+        True,
         description="subtract from a latent the mean of its sequence so far, before the norm: constants are not sent",
     )
     gain: bool = Field(True, description="learned gain per latent channel in the decoder")
     anchor: AnchorKind = Field(AnchorKind.EMBEDDING, description="token embedding of each stage's own")
-    bias: bool = Field(
-        False,
-        description="a learned vector that each stage adds to the stream it starts from; at the first stage even with "
-        "enabled = false",
-    )
+    bias: bool = Field(True, description="a learned vector that each stage adds to the stream it starts from")
     taps: int = Field(
-        0, ge=0, description="earlier tokens whose embeddings each stage mixes into its anchor, a weight per channel"
+        3,
+        ge=0,
+        description="earlier tokens that each stage mixes into its learned anchor, a weight per channel; 0: none",
     )
     pair_rows: int = Field(
-        0, ge=0, description="rows of each stage's hashed table of token pairs, added to its anchor; 0: none"
+        0, ge=0, description="rows of each stage's hashed table of token pairs, added to its learned anchor; 0: none"
     )
 
 
@@ -185,14 +183,16 @@ class StageConfig(Frozen):
         if bottleneck.enabled and not bottleneck.identity and bottleneck.projection == "none":
             raise ValueError("bottleneck.identity = false with projection = none lets nothing cross the boundary")
         if bottleneck.enabled and bottleneck.projection == "subspace":
-            if bottleneck.identity or bottleneck.norm or bottleneck.gain or bottleneck.anchor is not AnchorKind.FIXED:
+            ours = (bottleneck.identity, bottleneck.centre, bottleneck.norm, bottleneck.gain, bottleneck.bias)
+            if any(ours) or bottleneck.anchor is not AnchorKind.FIXED:
                 raise ValueError(
-                    "bottleneck.projection = subspace needs identity, norm and gain = false and anchor = fixed"
+                    "bottleneck.projection = subspace needs identity, centre, norm, gain and bias = false and "
+                    "anchor = fixed"
                 )
         elif bottleneck.anchor is AnchorKind.FIXED:
             raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")
-        if (bottleneck.taps or bottleneck.pair_rows) and bottleneck.anchor not in LEARNED_ANCHORS:
-            raise ValueError("bottleneck.taps and pair_rows add to a learned anchor: set anchor = embedding")
+        if bottleneck.pair_rows and bottleneck.anchor not in LEARNED_ANCHORS:
+            raise ValueError("bottleneck.pair_rows adds to a learned anchor: set anchor = embedding")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(

@@ -114,9 +114,10 @@ class StageModule(nn.Module):
         if not self.is_last:
             self.boundaries[str(self.stage)] = sending_side(bottleneck, hidden, width)
         self.contexts, self.biases = nn.ModuleDict(), nn.ParameterDict()
-        if bottleneck.enabled and (bottleneck.taps or bottleneck.pair_rows):
+        has_context = bottleneck.enabled and bottleneck.anchor in LEARNED_ANCHORS
+        if has_context and (bottleneck.taps or bottleneck.pair_rows):
             self.contexts[str(self.stage)] = LocalContext(bottleneck.taps, bottleneck.pair_rows, hidden)
-        if bottleneck.bias and (bottleneck.enabled or self.is_first):
+        if bottleneck.enabled and bottleneck.bias:
             self.biases[str(self.stage)] = nn.Parameter(torch.empty(hidden))
 
     def _materialise(self, config: StageConfig, device: torch.device) -> None:

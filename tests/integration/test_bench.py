@@ -122,7 +122,8 @@ def test_overhead_counts_what_the_bottleneck_adds(tmp_path: Path) -> None:
     summary, result = bench(*arguments, folder=tmp_path)
     measured = result["measurements"][0]
     hidden, width, tokens = 128, 4, 32
-    assert measured["ours"]["boundary_parameters"] == 2 * hidden * width + width  # W_e, W_d, gain
+    learned = (2 * hidden * width) + width + hidden + 3 * hidden  # W_e and W_d, gain, bias, taps
+    assert measured["ours"]["boundary_parameters"] == learned
     assert measured["ours"]["anchor_parameters"] == 32_768 * hidden
     assert measured["dense"]["boundary_parameters"] == measured["dense"]["anchor_parameters"] == 0
     assert measured["ours"]["layer_parameters"] == measured["dense"]["layer_parameters"]

@@ -15,7 +15,7 @@ from stage_server.config import BottleneckConfig
 D, H = 10, 4
 
 VARIANTS = [
-    {"identity": identity, "projection": projection, "norm": norm, "gain": gain}
+    {"identity": identity, "projection": projection, "norm": norm, "gain": gain, "centre": False}
     for identity, projection, norm, gain in itertools.product(
         (True, False), ("linear", "none"), (True, False), (True, False)
     )
@@ -95,7 +95,7 @@ def test_a_disabled_bottleneck_lets_the_stream_through_untouched() -> None:
 
 
 def test_the_identity_path_carries_only_the_first_coordinates() -> None:
-    config = BottleneckConfig(projection="none", norm=False, gain=False)
+    config = BottleneckConfig(projection="none", norm=False, gain=False, centre=False)
     x = normal(1, 2, D)
     back = receiving_side(config, D, H).decode(sending_side(config, D, H).encode(x, None), None)
     assert torch.equal(back[..., :H], x[..., :H])

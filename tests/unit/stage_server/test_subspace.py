@@ -14,7 +14,11 @@ from stage_server.config import StageConfig
 from stage_server.module import StageModule
 
 B, T, V, D, WIDTH = 2, 9, 61, 32, 6
-SUBSPACE = {"projection": "subspace", "identity": False, "norm": False, "gain": False, "anchor": "fixed"}
+SUBSPACE = {
+    "projection": "subspace",
+    "anchor": "fixed",
+    **dict.fromkeys(("identity", "centre", "norm", "gain", "bias"), False),
+}
 
 
 def run(stages: int = 3, seed: int = 0, **bottleneck: Any) -> StageConfig:
