@@ -164,6 +164,7 @@ class StageLedger:
         self.paused = False  # the weights are about to be replaced: nothing is computed with them
         self.first_step_held = self.committed + 1  # frames of this step and later ones can be sent again
         self._oldest_restorable = checkpoints[0] if checkpoints else 0  # nobody can go back to before this step
+        self._dropped_to = -1  # frames of this step and earlier ones are gone
         self._alone = True
         self._agreed = 0
         self._has_earlier_weights = False
@@ -663,6 +664,9 @@ class StageLedger:
         self._oldest_restorable = max(self._oldest_restorable, floor)
         # Of the newest committed step some may still be late: their frames go when the next one is committed.
         floor = min(floor, self.committed - 1) if self.shared else floor
+        if floor <= self._dropped_to:
+            return
+        self._dropped_to = floor
         kept: tuple[dict[MicrobatchId, Any], ...]
         kept = (*self._retained.values(), self._routes, self._askers, self._refusals)
         for of_steps in kept:
