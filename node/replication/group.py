@@ -63,6 +63,8 @@ COMMIT_WAIT = timedelta(seconds=5)
 PIN = timedelta(seconds=60)
 CLOSING = "closing"
 """Stands for the sum of a step that has none: the last evaluation."""
+AVERAGING_WITHIN = timedelta(minutes=2)
+"""How long a new replica waits until its averaging, and the others', has started."""
 INTRODUCTION = timedelta(seconds=5)
 """How long a new replica waits to hear from those that the directory names."""
 
@@ -187,16 +189,23 @@ class ReplicaGroup:
         return 1 + len(self._contacts.in_sight())
 
     def _look(self) -> None:
-        """Who is in sight; tells the agreement when that has changed."""
+        """Who takes part now; tells the agreement when that has changed."""
         self._contacts.forget_old()
-        self._introduce()
-        words = self._contacts.in_sight()
-        seen = tuple(sorted((peer, word.serving, word.throughput, word.reserved_at) for peer, word in words.items()))
-        if (seen, self.serving, self.throughput) == self._seen:
-            return
-        self._seen = seen, self.serving, self.throughput
-        if words and self._averaging is None and self._starting is None:
+        heard = self._contacts.in_sight()
+        if heard and self._averaging is None and (self._starting is None or self._starting.done()):
             self._starting = self._start(self._start_averaging())
+        # Who cannot average yet takes no part: nobody waits for a process that is only starting.
+        able = heard if self._averaging is not None else {}
+        words = {peer: word for peer, word in able.items() if word.averager}
+        self._notice(words)
+        self._introduce(heard, words)
+
+    def _notice(self, words: Mapping[str, ReplicaWord]) -> None:
+        """Tells ledger, sources and agreement of those who take part, when that has changed."""
+        told = tuple(sorted((peer, word.serving, word.throughput, word.reserved_at) for peer, word in words.items()))
+        if (told, self.serving, self.throughput) == self._seen:
+            return
+        self._seen = told, self.serving, self.throughput
         member = self._member
         sources = {peer: word.throughput for peer, word in words.items() if word.serving}
         if self.serving or not sources:
@@ -205,13 +214,18 @@ class ReplicaGroup:
         self._ledger.alone(not words)
         claims = {peer: word.reserved_at for peer, word in words.items()} | {member.peer_id: member.reserved_at}
         self._act(self._agreement.in_sight(words, claims))
+        for word in words.values():
+            self._act(self._agreement.receive_tally(word.tally))
 
-    def _introduce(self) -> None:
-        """Nothing is computed before the others were heard: they may be steps ahead."""
+    def _introduce(self, heard: Mapping[str, ReplicaWord], words: Mapping[str, ReplicaWord]) -> None:
+        """Nothing is computed before the others were heard and can be averaged with: they may be steps ahead."""
         if self._introduced or self._listed_at is None:
             return
-        waited = time.monotonic() - self._listed_at >= INTRODUCTION.total_seconds()
-        if self._contacts.unheard and not waited:
+        waited = time.monotonic() - self._listed_at
+        if self._contacts.unheard and waited < INTRODUCTION.total_seconds():
+            return
+        behind = any(word.tally.committed > self._ledger.committed for word in heard.values())
+        if len(words) < len(heard) and (behind or waited < AVERAGING_WITHIN.total_seconds()):
             return
         self._introduced = True
         if self._behind is None:
@@ -390,6 +404,7 @@ class ReplicaGroup:
         except AveragingFailed as error:
             log.warning("%s", error)
         self._contacts.changed()
+        self._look()
 
     def _averager_of(self, peer: str, own: Averaging) -> str:
         if peer == self._member.peer_id:
