@@ -45,6 +45,11 @@ def churn(
     seconds: Annotated[float, typer.Option(min=1, help="Seconds of churn.")] = 600.0,
     every: Annotated[float, typer.Option(min=1, help="Seconds between two blows.")] = 20.0,
     stop: Annotated[float, typer.Option(min=0, help="Seconds that a stopped peer sleeps.")] = 15.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="Mbit/s of each up-link and down-link.")] = 80.0,
+    round_trip: Annotated[
+        float,
+        typer.Option(min=0, help="Milliseconds between two peers. Who waits for links leaves the cores to who starts."),
+    ] = 80.0,
     without_coordinator: Annotated[
         bool, typer.Option("--without-coordinator", help="Kill the coordinator with the first blow, for good.")
     ] = False,
@@ -83,25 +88,29 @@ def churn(
         report = Report("churn", watcher, quick=quick, out=out)
         with tempfile.TemporaryDirectory(prefix="resbm-churn-") as folder:
             found = _Findings(config, plan, Path(folder), watcher.doing, without_coordinator=without_coordinator)
-            with _place(plan, loopback=loopback) as place:
+            links = None if loopback else (rate, round_trip)
+            with _place(plan, links) as place:
                 asyncio.run(found.run(place))
             watcher.doing("computing recorded steps again", 0.97)
             found.verify()
-        measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, **found.measurements()}
+        network = "loopback" if links is None else {"rate_mbit": rate, "round_trip_ms": round_trip}
+        measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, "network": network}
+        measurements |= found.measurements()
         report.finish(measurements, found.tables(), found.summary())
 
 
-def _place(plan: ChurnPlan, *, loopback: bool) -> AbstractContextManager[Place]:
+def _place(plan: ChurnPlan, links: tuple[float, float] | None) -> AbstractContextManager[Place]:
+    """`links`: Mbit/s and milliseconds between two peers, in network namespaces; None: the loopback."""
     from node.demo import COORDINATOR, Loopback
 
-    if loopback:
+    if links is None:
         return nullcontext(Loopback())
     from node.bench.churn.swarm import peer_name
     from node.lab.namespaces import NamespaceLab
-    from node.lab.shapes import UNSHAPED
+    from node.lab.shapes import LinkShape
 
     names = [COORDINATOR, *(peer_name(number) for number in range(1, plan.num_joins + 1))]
-    return NamespaceLab(names, UNSHAPED)
+    return NamespaceLab(names, LinkShape.of_round_trip(*links))
 
 
 class _Findings:
