@@ -17,7 +17,9 @@ def churn(source: Path, target: Path) -> None:
     result = json.loads(source.read_text())
     found = result["measurements"]
     times = sorted(found["steps"].values())
-    began, end = found["churn_began_seconds"], times[-1]
+    plan = found["plan"]
+    began = found["churn_began_seconds"]
+    end = max(began + plan["churn_seconds"], times[-1])
     edges = [index * BIN_SECONDS for index in range(int(end // BIN_SECONDS) + 1)]
     rates = [sum(edge <= at < edge + BIN_SECONDS for at in times) / BIN_SECONDS for edge in edges]
     figure, axes = plt.subplots(figsize=(10, 3.8))
@@ -28,7 +30,6 @@ def churn(source: Path, target: Path) -> None:
     for blow, (color, label) in BLOWS.items():
         at = [struck["at"] for struck in found["struck"] if struck["blow"] == blow]
         axes.plot(at, [0.0] * len(at), "^", color=color, label=f"{label} ({len(at)})", clip_on=False)
-    plan = found["plan"]
     axes.set(xlabel="seconds", ylabel="steps/s, whole swarm", ylim=(0, None), xlim=(0, end))
     axes.set_title(f"{plan['peers']} peers, {found['run']['stages']} stages, a blow every {plan['every_seconds']:g} s")
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)

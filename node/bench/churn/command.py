@@ -13,8 +13,8 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +56,9 @@ def churn(
     loopback: Annotated[
         bool, typer.Option("--loopback", help="No network namespaces, so no links are cut; needs no root.")
     ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the processes' folders, logs and records here.", show_default="not kept")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides who is hit by what.")] = 0,
     quick: Quick = False,
     json_lines: JsonLines = False,
@@ -86,8 +89,8 @@ def churn(
     plan = ChurnPlan(peers, quiet, seconds, every, stop, blows, seed)
     with watching(json_lines=json_lines) as watcher:
         report = Report("churn", watcher, quick=quick, out=out)
-        with tempfile.TemporaryDirectory(prefix="resbm-churn-") as folder:
-            found = _Findings(config, plan, Path(folder), watcher.doing, without_coordinator=without_coordinator)
+        with _folder(folder) as where:
+            found = _Findings(config, plan, where, watcher.doing, without_coordinator=without_coordinator)
             links = None if loopback else (rate, round_trip)
             with _place(plan, links) as place:
                 asyncio.run(found.run(place))
@@ -97,6 +100,16 @@ def churn(
         measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, "network": network}
         measurements |= found.measurements()
         report.finish(measurements, found.tables(), found.summary())
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="resbm-churn-") as folder:
+        yield Path(folder)
 
 
 def _place(plan: ChurnPlan, links: tuple[float, float] | None) -> AbstractContextManager[Place]:

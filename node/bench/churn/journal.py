@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from node.bench.churn.schedule import Blow
 
+LEVEL = 2
+"""Steps by which the newest told of a peer may be behind its stage's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Struck:
@@ -28,6 +31,7 @@ class Journal:
     struck: list[Struck] = field(default_factory=list)
     joined: dict[str, float] = field(default_factory=dict)  # by peer: when it was started
     first_commit: dict[str, float] = field(default_factory=dict)  # by peer: its first step
+    newest: dict[str, int] = field(default_factory=dict)  # by peer: its newest step
     stage_steps: list[dict[int, float]] = field(default_factory=list)  # by stage: when a step was first committed
     losses: dict[int, set[float]] = field(default_factory=dict)  # by step, as any peer told it
     evaluations: dict[int, float] = field(default_factory=dict)  # by committed step
@@ -40,8 +44,13 @@ class Journal:
         """A peer has told of a commit."""
         self.stage_steps[stage].setdefault(step, at)
         self.first_commit.setdefault(peer, at)
+        self.newest[peer] = step
         if loss is not None:
             self.losses.setdefault(step, set()).add(loss)
+
+    def is_level(self, peer: str, stage: int) -> bool:
+        """Whether a peer holds its stage's newest weights, or those of a step or two before: it is on its way."""
+        return self.newest.get(peer, -1) >= max(self.stage_steps[stage], default=0) - LEVEL
 
     def swarm_step_times(self) -> dict[int, float]:
         """When the last stage to commit a step first did; only steps that all stages have committed."""

@@ -41,7 +41,7 @@ class ChurnPlan:
 def choose_victim(serving: Mapping[str, int], chance: random.Random) -> str | None:
     """Who is hit next: anybody who serves a stage that someone else serves too.
 
-    The last peer of a stage is spared: its memory is the only place where the stage's newest state is.
+    The last up-to-date peer of a stage is spared: it is the only place where the stage's newest state is.
 
     Args:
         serving: stage by name of each peer that serves now.

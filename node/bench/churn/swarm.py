@@ -83,10 +83,10 @@ class ChurnSwarm:
 
     @property
     def serving(self) -> Mapping[str, int]:
-        """Stage by peer, of those that have committed something and are not stopped."""
-        committed = self.journal.first_commit
+        """Stage by peer, of those that are level with their stage, neither stopped nor cut off."""
         away = self._stopped.keys() | self._cut
-        return {n: s for n, s in self._stage.items() if n in self._peers and n in committed and n not in away}
+        here = {n: s for n, s in self._stage.items() if n in self._peers and n not in away}
+        return {name: stage for name, stage in here.items() if self.journal.is_level(name, stage)}
 
     @property
     def pids(self) -> Sequence[int]:
@@ -159,8 +159,10 @@ class ChurnSwarm:
                 self.journal.committed(name, event.stage, event.step, event.loss, time.monotonic())
             case Evaluation():
                 self.journal.evaluations.setdefault(event.step, event.loss)
-            case Worker(state="restarting"):
-                self.journal.restarts += 1
+            case Worker():
+                self.journal.restarts += event.state == "restarting"
+                if event.state != "started":
+                    self._stage.pop(name, None)  # it serves nothing until its next worker has a place
 
 
 def _any_lives(children: Sequence[Child]) -> bool:

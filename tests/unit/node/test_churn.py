@@ -52,6 +52,15 @@ def test_the_journal_tells_speed_recovery_and_joining() -> None:
     assert journal.join_times() == [2.5]
 
 
+def test_who_lags_behind_its_stage_is_not_level() -> None:
+    journal = Journal(num_stages=1)
+    for step in range(1, 8):
+        journal.committed("ahead", 0, step, None, at=float(step))
+    journal.committed("close", 0, 5, None, at=9.0)
+    journal.committed("far", 0, 4, None, at=9.0)
+    assert [journal.is_level(peer, 0) for peer in ("ahead", "close", "far", "never")] == [True, True, False, False]
+
+
 def test_percentiles_of_few() -> None:
     assert percentile([], 0.5) is None
     assert percentile([3.0], 0.95) == 3.0
