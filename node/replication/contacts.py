@@ -22,7 +22,13 @@ GATHERING = timedelta(milliseconds=10)
 """What changes within so little time is told at once."""
 CALL_LIMIT = timedelta(seconds=3)
 SIGHT = timedelta(seconds=4)
-"""Who has not been heard for so long is out of sight."""
+"""Who has not been heard for so long is out of sight,"""
+SIGHT_FACTOR = 3.0
+"""or for so many times as long as it has let others wait before: a busy machine is not a dead one,"""
+SIGHT_LONGEST = timedelta(seconds=20)
+"""but never for longer than this."""
+FORGETTING = 0.95
+"""Of the longest wait, at every word."""
 REFUSALS = 2
 """Who cannot be reached so often in a row, without a wait, is out of sight at once: its process is gone."""
 MEMORY = timedelta(minutes=1)
@@ -37,11 +43,23 @@ class Contact:
     endpoint: str
     word: ReplicaWord | None = None  # the newest heard
     heard_at: float = 0.0  # monotonic seconds
+    longest_wait: float = 0.0  # seconds between two words, fading
     refusals: int = 0  # calls in a row that failed at once
     listed_at: float = 0.0  # when the directory last named it
     proposals: dict[int, Round] = field(default_factory=dict)  # to be passed on, by number
     dirty: asyncio.Event = field(default_factory=asyncio.Event)
     talking: asyncio.Task[None] | None = None
+
+    def hears(self, now: float) -> None:
+        """It said something. `now`: monotonic seconds."""
+        wait = now - self.heard_at if self.heard_at and self.is_in_sight(now) else 0.0
+        self.longest_wait = max(wait, FORGETTING * self.longest_wait)
+        self.heard_at, self.refusals = now, 0
+
+    def is_in_sight(self, now: float) -> bool:
+        """Whether it was heard lately, for one that keeps others waiting as long as this one does."""
+        patience = max(SIGHT.total_seconds(), SIGHT_FACTOR * self.longest_wait)
+        return self.refusals < REFUSALS and now - self.heard_at <= min(patience, SIGHT_LONGEST.total_seconds())
 
 
 class Contacts:
@@ -73,11 +91,11 @@ class Contacts:
 
     def in_sight(self) -> dict[str, ReplicaWord]:
         """The newest word of each that was heard lately."""
-        oldest = time.monotonic() - SIGHT.total_seconds()
+        now = time.monotonic()
         return {
             peer: contact.word
             for peer, contact in self._contacts.items()
-            if contact.word is not None and contact.heard_at >= oldest and contact.refusals < REFUSALS
+            if contact.word is not None and contact.is_in_sight(now)
         }
 
     def listed(self, endpoints: Mapping[str, str]) -> None:
@@ -91,8 +109,7 @@ class Contacts:
         known = contact.word
         if known is None or word.tally.version >= known.tally.version:
             contact.word = word
-        contact.heard_at = time.monotonic()
-        contact.refusals = 0
+        contact.hears(time.monotonic())
 
     def changed(self) -> None:
         """This replica's word is another one: everybody is told soon."""

@@ -47,7 +47,7 @@ from node.replication.messages import ReplicaWord
 from node.replication.record import StepRecorder
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid, LinkLost, StageError
-from stage_server.fetch import fetch_state
+from stage_server.fetch import FetchedState, fetch_state
 from stage_server.ids import MicrobatchId
 from stage_server.peer import StagePeer
 from stage_server.replica_trainer import ReplicaTrainer
@@ -61,6 +61,8 @@ PATIENCE_FACTOR = 4.0  # times the longest of the last rounds
 PAUSE_AFTER_FAILURE = timedelta(seconds=0.3)
 COMMIT_WAIT = timedelta(seconds=5)
 PIN = timedelta(seconds=60)
+EXCUSED = timedelta(seconds=15)
+"""For how long a replica that held up a round while it had nothing to add is left out."""
 CLOSING = "closing"
 """Stands for the sum of a step that has none: the last evaluation."""
 AVERAGING_WITHIN = timedelta(minutes=2)
@@ -138,6 +140,7 @@ class ReplicaGroup:
         self._round: tuple[Round, asyncio.Task[None]] | None = None
         self._takeover: asyncio.Task[None] | None = None
         self._behind: deque[tuple[int, Tensor | None]] | None = None  # commits to be taken when the copy is here
+        self._excused: dict[str, float] = {}  # by peer: until when, monotonic seconds
         self._recounting = False
         self._level_at = committed
         self._listed_at: float | None = None  # monotonic seconds; when the directory was first heard
@@ -149,6 +152,9 @@ class ReplicaGroup:
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone_digest = f"alone/{member.peer_id}"
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held: tuple[int, str] | None = (
+            None  # (step, lineage) of a state taken over that the ledger does not know of
+        )
         self._standing = lineage  # of the state that this replica really has, whatever it is about to take over
         peer.lineage = lambda: self._lineages.get(self._ledger.committed, self._standing)
         peer.on_progress = self._progress
@@ -196,7 +202,8 @@ class ReplicaGroup:
             self._starting = self._start(self._start_averaging())
         # Who cannot average yet takes no part: nobody waits for a process that is only starting.
         able = heard if self._averaging is not None else {}
-        words = {peer: word for peer, word in able.items() if word.averager}
+        now = time.monotonic()
+        words = {p: word for p, word in able.items() if word.averager and self._excused.get(p, 0.0) < now}
         self._notice(words)
         self._introduce(heard, words)
 
@@ -339,6 +346,7 @@ class ReplicaGroup:
             digest, count = await self._averaged(proposed, share)
         except (AveragingFailed, LinkLost) as error:
             log.warning("round %d of step %d: %s", proposed.number, proposed.step, error)
+            self._excuse(proposed, error)
             await asyncio.sleep(PAUSE_AFTER_FAILURE.total_seconds())
             digest, count = None, 0
         else:
@@ -346,6 +354,18 @@ class ReplicaGroup:
         self._round = None
         self._act(self._agreement.averaged(proposed.number, digest, count))
         self._progress()
+
+    def _excuse(self, failed: Round, error: Exception) -> None:
+        """Who takes over a state and cannot keep up with rounds meanwhile takes no part for a while.
+
+        It has nothing to add, and all others would wait for it again. It will have to take over a newer state.
+        """
+        for peer in failed.shares:
+            contact = self._contacts.known.get(peer)
+            word = contact.word if contact is not None else None
+            if word is not None and not word.serving and word.averager and _id_of(word.averager) in str(error):
+                self._excused[peer] = time.monotonic() + EXCUSED.total_seconds()
+        self._look()
 
     async def _averaged(self, proposed: Round, share: frozenset[int]) -> tuple[str, int]:
         """Makes the sum hold the share, and adds up all members'. Returns (digest, microbatches in it)."""
@@ -497,7 +517,7 @@ class ReplicaGroup:
                 lineage=prepared.lineage,
                 on_progress=self._means.on_transfer,
             )
-            await self._peer.order(lambda: self._enter(folder, fetched.step, fetched.tensors))
+            await self._peer.order(lambda: self._enter(folder, fetched))
             await self._catch_up(fetched.step)
         except (StageError, AveragingFailed, KeyError) as error:
             log.warning("the state of %s is not to be had: %s", peer, error)
@@ -505,12 +525,18 @@ class ReplicaGroup:
             self._stand_where_it_stands()
 
     def _stand_where_it_stands(self) -> None:
-        """The takeover failed: this replica has the state that it had. If that is not enough, it takes over another."""
-        committed, lineage = self._ledger.committed, self._standing
-        self._lineages = {committed: lineage}
+        """The takeover failed: this replica has whatever state it has. If that is not enough, it takes over another."""
+        if self._held is not None:
+            step, self._standing = self._held
+            self._held = None
+            earlier = self._trainer.has_earlier_weights
+            self._ledger.adopted(step, durable=self._checkpoints.steps()[-1], has_earlier_weights=earlier)
+        committed = self._ledger.committed
+        self._lineages = {committed: self._standing}
+        self._level_at = committed
         self._takeover = None
         self._behind = None
-        self._act(self._agreement.resynced(committed, lineage))
+        self._act(self._agreement.resynced(committed, self._standing))
         if self._takeover is None and self._introduced:
             self._serve()
 
@@ -519,13 +545,11 @@ class ReplicaGroup:
         words = self._contacts.in_sight().values()
         return [word.endpoint for word in words if word.peer_id != peer and word.serving]
 
-    def _enter(self, folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def _enter(self, folder: Path, fetched: FetchedState) -> None:
         """On the device thread: the state becomes this peer's, and the newest checkpoint on its disk."""
-        self._trainer.load_state_tensors(tensors)
-        for old in self._checkpoints.steps():
-            if old > step:
-                self._checkpoints.discard_after(step)
-                break
+        self._trainer.load_state_tensors(fetched.tensors)
+        self._held = fetched.step, fetched.lineage
+        self._checkpoints.discard_after(fetched.step)
         self._checkpoints.adopt(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -539,7 +563,7 @@ class ReplicaGroup:
                 await self._peer.order(partial(self._take_step, step, total))
         # From here on in one go: nothing can be committed in between.
         committed = min(step, self._ledger.plan.steps)
-        self._behind = None
+        self._behind = self._held = None
         earlier = self._trainer.has_earlier_weights
         self._ledger.adopted(committed, durable=saved, has_earlier_weights=earlier)
         if self._duties.is_closed:
@@ -556,3 +580,9 @@ class ReplicaGroup:
             raise CheckpointInvalid(f"the sum of step {step} is not here")
         self._trainer.read_gradients(total)
         self._trainer.commit(step)
+        self._held = step, self._lineages[step]
+
+
+def _id_of(averager: str) -> str:
+    """The peer id in an averager's address."""
+    return averager.rpartition("/")[2]

@@ -496,7 +496,7 @@ class Swarm:
 FAULTS = ("kill", "stop", "stop", "go_on", "cut", "join", "join")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     replicas=st.sampled_from([[1], [3], [1, 1], [2, 2], [2, 1, 2], [1, 3, 1], [2, 2, 2], [3, 2, 3]]),
     seed=st.integers(0, 2**32),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from resbm_pb import replicas_pb2
 
 from coordinator.agreement import Averaged, Round, StageAgreement, Tally
+from node.replication.contacts import Contact
 from node.replication.duties import News, ReplicaDuties, sizes
 from node.replication.messages import (
     ReplicaWord,
@@ -162,3 +163,38 @@ def test_a_round_arrives_as_it_was_proposed_or_is_refused(
 def test_a_word_that_cannot_be_is_refused(message: replicas_pb2.Replica) -> None:
     with pytest.raises(FrameError):
         decode_word(message)
+
+
+# -- who is in sight --------------------------------------------------------------------------------------------
+
+
+def contact(*heard_at: float) -> Contact:
+    known = Contact("peer", "host:1")
+    for now in heard_at:
+        known.hears(now)
+    return known
+
+
+def test_who_says_nothing_for_a_while_is_out_of_sight() -> None:
+    assert contact(10.0).is_in_sight(13.9)
+    assert not contact(10.0).is_in_sight(14.1)
+
+
+def test_who_is_slow_to_speak_is_waited_for_longer_but_not_for_ever() -> None:
+    slow = contact(10.0, 13.0)
+    assert slow.is_in_sight(13.0 + 8.9)
+    assert not slow.is_in_sight(13.0 + 9.1)
+    slower = contact(*(10.0 + 3.9 * turn for turn in range(3)), 10.0 + 2 * 3.9 + 11.0)
+    assert not slower.is_in_sight(10.0 + 2 * 3.9 + 11.0 + 20.1)
+
+
+def test_a_silence_that_made_it_vanish_is_no_measure_of_its_pace() -> None:
+    assert contact(10.0, 100.0).longest_wait == 0.0
+
+
+def test_who_refuses_at_once_is_gone_until_it_speaks_again() -> None:
+    gone = contact(10.0)
+    gone.refusals = 2
+    assert not gone.is_in_sight(10.1)
+    gone.hears(10.2)
+    assert gone.is_in_sight(10.3)
