@@ -85,7 +85,7 @@ def test_a_wrong_caller_learns_nothing_but_why(tmp_path: Path) -> None:
 def test_the_dialling_end_refuses_a_wrong_answer_and_says_so(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         caller, answerer = MemoryStream.pair()
-        session = asyncio.create_task(bench.peer._run_session(caller, Side.DOWNSTREAM))
+        session = asyncio.create_task(bench.peer.neighbours.run_session(caller, Side.DOWNSTREAM))
         assert (await answerer.receive()).open.stage == 1
         await answerer.send(DOWN(open=hello(stage=0)))
         with pytest.raises(FrameError) as error:
