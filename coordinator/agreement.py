@@ -234,15 +234,9 @@ class StageAgreement:
         return self._changed()
 
     def resynced(self, committed: int, lineage: str) -> list[Action]:
-        """Weights and optimizer state are those of another replica now."""
+        """Weights and optimizer state are those of another replica now or, where that failed, those of before."""
         self._resyncing = False
         self._enter(committed, lineage)
-        return self._changed()
-
-    def resync_failed(self) -> list[Action]:
-        """The other replica did not give its state: whoever is in sight now decides anew."""
-        self._resyncing = False
-        self._step = _Step()
         return self._changed()
 
     def in_sight(self, peers: Iterable[PeerId], claims: Mapping[PeerId, float]) -> list[Action]:

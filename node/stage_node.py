@@ -80,7 +80,7 @@ class StageNode:
         self._asked_to_drain.set()
         if self._metrics is not None:
             self._metrics.set_state("draining")
-        self.drain_peer()
+        self._drain_peer()
 
     async def run(self) -> None:
         """Joins and serves. Raises the typed errors of all rooms, and RewindNeeded for a restart."""
@@ -166,7 +166,7 @@ class StageNode:
             place = await self._take_place(config, entry, measured)
             note(place.reason)
         emit(Assigned(stage=place.stage, num_stages=config.stages, reason=place.reason))
-        throughput = MachineProfile(self._peer_id, measured.throughput, measured.fits).rates[place.stage]
+        throughput = self._require_machine().rates[place.stage]
         return replace(entry, stage=place.stage, reserved_at=place.reserved_at, throughput=throughput)
 
     async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
@@ -311,10 +311,10 @@ class StageNode:
         """Leaves in good order once this peer is needed more elsewhere; `run` raises MovedAway then."""
         self._moving = await mover.wanted()
         log.info("moving: %s", self._moving.reason)
-        self.drain_peer()
+        self._drain_peer()
         await asyncio.Event().wait()  # until the peer has left
 
-    def drain_peer(self) -> None:
+    def _drain_peer(self) -> None:
         """The stage is left, whatever becomes of the node."""
         if self._peer is not None:
             self._peer.drain()

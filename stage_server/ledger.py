@@ -45,6 +45,10 @@ class Side(enum.StrEnum):
     UPSTREAM = "upstream"
     DOWNSTREAM = "downstream"
 
+    @property
+    def other(self) -> Side:
+        return Side.DOWNSTREAM if self is Side.UPSTREAM else Side.UPSTREAM
+
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
@@ -610,7 +614,7 @@ class StageLedger:
 
     def status(self, side: Side) -> tuple[int, int | None]:
         """(committed step, durable step of all stages on this side of the link), to tell the neighbour on `side`."""
-        other = _other(side)
+        other = side.other
         if not self._exists[other]:
             return self.committed, self._mark
         durable = self._durable(other)
@@ -620,7 +624,7 @@ class StageLedger:
 
     def settled(self, side: Side) -> int:
         """The newest step that this stage and all beyond it have committed, to tell the neighbour on `side`."""
-        beyond = self._peers[_other(side)].values() if self._exists[_other(side)] else ()
+        beyond = self._peers[side.other].values() if self._exists[side.other] else ()
         return min((self.committed, *(peer.settled_at_least for peer in beyond)))
 
     def receive_status(
@@ -633,7 +637,7 @@ class StageLedger:
         """
         self._check_marks(committed, durable)
         neighbour = self._peers[side].setdefault(peer, _Neighbour())
-        other = _other(side)
+        other = side.other
         before = self.status(other), self.settled(other)
         neighbour.committed = max(neighbour.committed, committed)
         neighbour.durable = durable  # may fall: a stage on that side went back to an older checkpoint
@@ -677,10 +681,6 @@ class StageLedger:
 def first_of(names: Sequence[MicrobatchId]) -> MicrobatchId | None:
     """The first, which is the order of a stage that is served by one peer."""
     return names[0] if names else None
-
-
-def _other(side: Side) -> Side:
-    return Side.DOWNSTREAM if side is Side.UPSTREAM else Side.UPSTREAM
 
 
 def _plan_order(name: MicrobatchId) -> tuple[int, bool, int]:

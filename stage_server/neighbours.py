@@ -77,11 +77,6 @@ class Neighbours:
         """Where the peers of the next stage are dialled, by peer."""
         return self._hops
 
-    @property
-    def service_seconds(self) -> Mapping[str, float]:
-        """By peer of the next stage, seconds for a microbatch, as measured."""
-        return self._services.seconds
-
     # -- hops ---------------------------------------------------------------------------------------------------
 
     def set_next_hops(self, hops: Mapping[str, str]) -> None:
@@ -282,7 +277,7 @@ class _LinkEnd:
 
     def link_received_status(self, committed: int, durable: int | None, settled: int) -> None:
         if self._ledger.receive_status(self.side, committed, durable, self.peer, settled=settled):
-            self._neighbours.report_to(Side.DOWNSTREAM if self.side is Side.UPSTREAM else Side.UPSTREAM)
+            self._neighbours.report_to(self.side.other)
         self._neighbours.send_orphans()
         self._host.woken()
 

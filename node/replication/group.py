@@ -108,7 +108,6 @@ class Means:
     averaging: Callable[[], Awaitable[Averaging]]
     recorder: StepRecorder | None = None
     on_serving: Callable[[bool], None] = lambda _: None
-    on_transfer: Callable[[Any], None] = lambda _: None
 
 
 class ReplicaGroup:
@@ -122,7 +121,6 @@ class ReplicaGroup:
         """Whether this replica computes microbatches: it has met the others, and is level with them."""
         self.throughput = member.throughput
         """Microbatches per second that this replica serves; follows what is measured."""
-        self.num_takeovers = 0
         self._member, self._peer, self._ledger, self._trainer = member, peer, peer.ledger, trainer
         self._checkpoints, self._means = checkpoints, means
         committed = peer.ledger.committed
@@ -188,11 +186,6 @@ class ReplicaGroup:
             self._listed_at = time.monotonic()
         self._contacts.listed(endpoints)
         self._look()
-
-    @property
-    def num_in_sight(self) -> int:
-        """Replicas that this one takes part with, itself included."""
-        return 1 + len(self._contacts.in_sight())
 
     def _look(self) -> None:
         """Who takes part now; tells the agreement when that has changed."""
@@ -489,7 +482,6 @@ class ReplicaGroup:
     async def _take_over(self, peer: str) -> None:
         """Becomes a copy of that replica. A failure is told to the agreement, which decides anew."""
         self.serving = False
-        self.num_takeovers += 1
         self._means.on_serving(False)
         self._ledger.paused = True
         self._behind = deque()
@@ -507,7 +499,7 @@ class ReplicaGroup:
             self._totals.clear()
             self._rounds.clear()
             self._act(self._agreement.resynced(prepared.step, prepared.lineage))
-            donors = [contact.endpoint, *self._others_with(prepared, peer)]
+            donors = [contact.endpoint, *self._other_donors(peer)]
             folder = self._checkpoints.incoming
             fetched = await fetch_state(
                 donors,
@@ -515,7 +507,6 @@ class ReplicaGroup:
                 folder,
                 step=prepared.step,
                 lineage=prepared.lineage,
-                on_progress=self._means.on_transfer,
             )
             await self._peer.order(lambda: self._enter(folder, fetched))
             await self._catch_up(fetched.step)
@@ -540,8 +531,8 @@ class ReplicaGroup:
         if self._takeover is None and self._introduced:
             self._serve()
 
-    def _others_with(self, prepared: Prepared, peer: str) -> list[str]:
-        """Further donors: replicas that may have a checkpoint of that very state."""
+    def _other_donors(self, peer: str) -> list[str]:
+        """Replicas that may have a checkpoint of the very state that this one has been asked for."""
         words = self._contacts.in_sight().values()
         return [word.endpoint for word in words if word.peer_id != peer and word.serving]
 

@@ -183,7 +183,8 @@ class Stage:
             replica.resync = None
             if donor is None or (hostile and self.chance.random() < 0.3):
                 self._clean(replica)
-                self.perform(replica, replica.agreement.resync_failed())
+                own = replica.agreement
+                self.perform(replica, own.resynced(own.committed, own.lineage))
             else:
                 self._clean(replica)
                 donated = donor.agreement

@@ -422,7 +422,8 @@ class Swarm:
             replica.resync = None
             replica.sum, replica.results, replica.averaging = 0, {}, None
             if donor is None or not donor.is_serving or not (donor.duties.is_level or donor.duties.is_closed):
-                self.act(replica, replica.agreement.resync_failed())
+                own = replica.agreement
+                self.act(replica, own.resynced(own.committed, own.lineage))
                 continue
             replica.weight, replica.earlier = donor.weight, donor.earlier
             committed = donor.ledger.committed

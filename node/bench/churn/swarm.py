@@ -88,11 +88,6 @@ class ChurnSwarm:
         here = {n: s for n, s in self._stage.items() if n in self._peers and n not in away}
         return {name: stage for name, stage in here.items() if self.journal.is_level(name, stage)}
 
-    @property
-    def pids(self) -> Sequence[int]:
-        """Of all peers' supervisors."""
-        return [child.process.pid for child in self._peers.values()]
-
     async def close(self) -> None:
         """Everybody leaves; nothing of them is left."""
         for name in [*self._stopped, *self._cut]:
