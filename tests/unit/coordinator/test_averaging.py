@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +33,7 @@ from coordinator.averaging_contribution import (
     verify_agreement,
     verify_sum,
 )
-from coordinator.averaging_hivemind import HivemindChanged, require_known_hivemind
+from coordinator.averaging_hivemind import HivemindChanged, SumRunner, require_known_hivemind
 
 KEY = "run/stage/step"
 PEERS = ("12Da", "12Db", "12Dc")
@@ -202,3 +205,29 @@ def test_checksums_differ_by_round() -> None:
     values = some_values(0)
     assert (checksums_of("one", values, 2)[0] != checksums_of("two", values, 2)[0]).any()
     assert checksums_of("one", values, 2)[0].shape[1] == NUM_CHECKSUMS
+
+
+class _Parts(SumRunner):  # type: ignore[misc]
+    """Only what is sent to one member."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[Any]:
+        yield f"part for {peer_index}"
+
+
+def test_the_input_of_an_exchange_does_not_end_before_all_sums_are_there() -> None:
+    """Its end makes the other side close the stream, and a closed stream may lose what is on its way."""
+
+    async def run() -> None:
+        received = asyncio.Event()
+        parts = _Parts()._parts_for(1, received)
+        assert await anext(parts) == "part for 1"
+        following = asyncio.ensure_future(anext(parts, "the end"))
+        await asyncio.sleep(0)
+        assert not following.done()
+        received.set()
+        assert await following == "the end"
+
+    asyncio.run(run())
