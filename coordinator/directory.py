@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from resbm_pb import records_pb2
@@ -21,6 +21,7 @@ COMPLETE: Final = records_pb2.PEER_STATE_COMPLETE
 
 MAX_ENDPOINTS = 8
 MAX_ENDPOINT_CHARACTERS = 256
+MAX_CHECKPOINTS = 64
 _WAY_IN = re.compile(
     r"/(?P<kind>ip4|ip6|dns4|dns6)/(?P<host>[^/,\s]{1,253})/tcp/(?P<port>\d{1,5})/p2p/[1-9A-HJ-NP-Za-km-z]{40,70}"
 )
@@ -63,6 +64,15 @@ class PeerEntry:
     link_bytes_per_second: float = 0.0
     bootstrap: tuple[str, ...] = ()
     """Multiaddresses of the peer's directory process, with peer id."""
+    epoch: int = 0
+    epoch_step: int = 0
+    """Where the run went back to when the epoch began."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of the checkpoints on the peer's disk."""
+    kept_stage: int | None = None
+    """Another stage of which the peer keeps a copy of a checkpoint,"""
+    kept_step: int = 0
+    """of this step."""
     expires_at: float = 0.0
     """Unix time in seconds; set by the directory when the entry is read, 0 in an entry to be published."""
 
@@ -109,6 +119,11 @@ class PeerEntry:
             round_trip_seconds=record.round_trip_seconds,
             link_bytes_per_second=record.link_bytes_per_second,
             bootstrap=tuple(record.bootstrap),
+            epoch=record.epoch,
+            epoch_step=record.epoch_step,
+            checkpoints=tuple(record.checkpoints),
+            kept_stage=record.kept_stage if record.HasField("kept_stage") else None,
+            kept_step=record.kept_step,
             expires_at=opened.expires_at,
         )
 
@@ -125,6 +140,10 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} has no usable endpoint")
     if len(record.bootstrap) > MAX_ENDPOINTS or not all(map(is_way_in, record.bootstrap)):
         raise RecordInvalid(f"{peer_id} names bootstrap addresses that are none, or too many")
+    if len(record.checkpoints) > MAX_CHECKPOINTS:
+        raise RecordInvalid(f"{peer_id} names {len(record.checkpoints)} checkpoints")
+    if (record.epoch == 0) > (record.epoch_step == 0):
+        raise RecordInvalid(f"{peer_id} went back to step {record.epoch_step} in no epoch")
     numbers = (
         record.throughput,
         record.compute_share,
@@ -184,6 +203,15 @@ class DirectorySnapshot:
         """The peer's newest record, if it has any."""
         own = [entry for entry in self.all_peers() if entry.peer_id == peer_id]
         return max(own, key=lambda entry: entry.expires_at, default=None)
+
+    def where(self, holds: Callable[[PeerEntry], bool]) -> DirectorySnapshot:
+        """With those peers alone."""
+        return replace(self, peers=tuple(tuple(filter(holds, entries)) for entries in self.peers))
+
+    def with_peer(self, entry: PeerEntry) -> DirectorySnapshot:
+        """As it will be when that record has been published."""
+        others = [other for other in self.all_peers() if other.peer_id != entry.peer_id]
+        return DirectorySnapshot.of(self.run_id, self.num_stages, [*others, entry], taken_at=self.taken_at)
 
     @classmethod
     def of(

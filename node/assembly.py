@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.epochs import told_checkpoints
 from node import resident
 from node.config import RunConfig, load_toml
 from node.data import load_corpus
@@ -40,6 +41,10 @@ class StageParts:
     source: Callable[[MicrobatchId], TokenIds] | None
     base_bytes: int  # resident when all was there but the weights
 
+    def told_checkpoints(self) -> tuple[int, ...]:
+        """Steps of those that the directory is told of."""
+        return told_checkpoints(self.checkpoints.steps(), common_steps(self.config))
+
     def joined(self, identity: LinkIdentity, report: Callable[[Report], None]) -> StagePeer:
         """The peer over gRPC. Call on the event loop."""
         wire = WireFormat(self.config, self.trainer.profile)
@@ -53,6 +58,11 @@ class StageParts:
             dialer=GrpcDialer(wire.max_frame_bytes),
             report=report,
         )
+
+
+def common_steps(config: RunConfig) -> int:
+    """Every so many steps all stages write a checkpoint that is kept for longer."""
+    return config.plan.checkpoint_every * config.replicas.common_every
 
 
 def stage_folder(state_folder: Path, run_id: str, stage: int) -> Path:
@@ -108,8 +118,9 @@ def build_stage(
     source = _source(config) if stage == 0 else None
     resident.give_back_freed()  # of the speed measurement and of reading the text
     base_bytes = resident.now_bytes()
-    checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
     shared = config.replicas.max_replicas is None
+    common_every = common_steps(config) if shared else 0
+    checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage, common_every=common_every)
     new_trainer = ReplicaTrainer if shared else StageTrainer
     trainer = new_trainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
     load_newest(checkpoints, trainer)

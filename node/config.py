@@ -65,6 +65,12 @@ class ReplicasConfig(Frozen):
         description="none: one peer serves each stage; sync: any number do and add up their gradients every step: "
         "the training is that of one process, whoever comes, goes or dies",
     )
+    common_every: int = Field(
+        10,
+        ge=1,
+        description="every so many checkpoints (plan.checkpoint_every) one is kept for longer, by all stages, and "
+        "copied to peers of the next stage: where the run goes back to when all that serve a stage are gone for good",
+    )
 
     @property
     def max_replicas(self) -> int | None:

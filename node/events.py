@@ -175,6 +175,16 @@ class Complete(Frozen):
     memory: MemoryUse | None = None
 
 
+class Rewind(Frozen):
+    """The run goes back to an older step, because a stage has lost what followed. The worker is started again."""
+
+    event: Literal["rewind"] = "rewind"
+    stage: int
+    to_step: int
+    redone: int = Field(ge=0, description="steps that this peer had committed and that are done again")
+    reason: str
+
+
 class Error(Frozen):
     """Why a process gives up: stable code, one cause, one remedy."""
 
@@ -247,6 +257,7 @@ Event = Annotated[
     | Checkpoint
     | Link
     | Complete
+    | Rewind
     | Error
     | Worker
     | TicketPrinted

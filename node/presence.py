@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,10 +15,13 @@ from resbm_pb import records_pb2
 
 from coordinator.assignment import resolve_reservation
 from coordinator.directory import COMPLETE, DRAINING, RESERVED, SERVING, DirectorySnapshot, PeerEntry
+from coordinator.epochs import Epoch, epoch_of
 from coordinator.errors import DirectoryLost, StageUnavailable
 from coordinator.routing import choose_next_hop, choose_next_hops
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from node.acquaintances import remember
+from node.custody import Custodian
+from node.epochs import EpochWatch
 from node.replication.group import ReplicaGroup
 from node.reporting import EventReporter
 from node.service_rate import ServiceRate
@@ -35,6 +38,17 @@ WATCHING = timedelta(seconds=3)  # between looks while it is there
 _UNMEASURED: Mapping[str, float] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a peer has besides where stages are shared."""
+
+    group: ReplicaGroup
+    epochs: EpochWatch
+    custodian: Custodian
+    checkpoints: Callable[[], tuple[int, ...]]
+    """Steps of those that the directory is told of."""
+
+
 class Presence:
     """Tells the swarm of one peer, and the peer of the swarm."""
 
@@ -47,9 +61,9 @@ class Presence:
         *,
         links: LinkWatch,
         state_folder: Path,
-        group: ReplicaGroup | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        """`entry`: the peer's place as settled; its changing fields are filled in. `group`: where stages are shared."""
+        """`entry`: the peer's place as settled; its changing fields are filled in."""
         self._state_folder = state_folder
         self._swarm = swarm
         self._entry = entry
@@ -57,10 +71,16 @@ class Presence:
         self._reporter = reporter
         self._links = links
         self._rate = ServiceRate(entry.throughput)
-        self._group = group
+        self._shared = shared
+        self._group = shared.group if shared else None
         self._current: str | None = None  # peer id of the next hop
         self.beside: int | None = None
         """A stage that this peer has claimed too, because it is about to move there."""
+
+    @property
+    def run_id(self) -> str:
+        """The run that the peer takes part in."""
+        return self._entry.run_id
 
     async def announce(self) -> None:
         """Publishes the entry as it is now. Raises DirectoryLost."""
@@ -77,7 +97,21 @@ class Presence:
             link_bytes_per_second=link.bytes_per_second if link else 0.0,
             **asdict(self._reporter.figures()),
         )
-        await self._swarm.publish_peer(fresh, beside=self.beside)
+        await self._swarm.publish_peer(self._with_states(fresh), beside=self.beside)
+
+    def _with_states(self, entry: PeerEntry) -> PeerEntry:
+        """And where the run could go back to, as far as it is up to this peer."""
+        if self._shared is None:
+            return entry
+        epoch, kept = self._shared.epochs.epoch, self._shared.custodian.kept
+        return replace(
+            entry,
+            epoch=epoch.number,
+            epoch_step=epoch.step,
+            checkpoints=self._shared.checkpoints(),
+            kept_stage=kept[0] if kept else None,
+            kept_step=kept[1] if kept else 0,
+        )
 
     def _throughput(self) -> float:
         """Where peers share stages their rates decide who does how much, so they are followed."""
@@ -112,16 +146,25 @@ class Presence:
         Raises:
             DirectoryLost: the directory died.
             StageUnavailable: another peer holds this stage by right.
+            EpochBegins: the run goes back.
         """
         while True:
             await self._unless_dead(self._look)
             linked = self._peer.neighbours.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
             await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
 
-    async def leave(self) -> None:
-        """Takes the entry out, so that nobody waits for this peer. Where the directory died, it expires by itself."""
+    async def leave(self, towards: Epoch | None = None) -> None:
+        """Takes the entry out, so that nobody waits for this peer. Where the directory died, it expires by itself.
+
+        Args:
+            towards: the epoch that this peer starts again in: the entry stays and says so, for others to follow.
+        """
         try:
-            await self._swarm.withdraw_peer()
+            if towards is None:
+                await self._swarm.withdraw_peer()
+            else:
+                entry = replace(self._entry, state=RESERVED, epoch=towards.number, epoch_step=towards.step)
+                await self._swarm.publish_peer(replace(entry, committed_step=towards.step))
         except DirectoryLost as error:
             log.warning("the entry stays until it expires: %s", error)
 
@@ -135,8 +178,9 @@ class Presence:
         metrics = self._reporter.metrics
         metrics.set_swarm(SwarmView.of(snapshot), contribution(snapshot, self._entry.peer_id))
         self._check_claim(snapshot)
-        if self._group is not None:
-            self._follow_all(snapshot, self._group)
+        if self._shared is not None:
+            self._shared.epochs.look(snapshot, serving=self._shared.group.serving)
+            self._follow_all(snapshot, self._shared)
         elif not ledger.is_last:
             self._follow_one(snapshot, self._current if linked else None)  # a hop that has just failed is chosen anew
 
@@ -146,9 +190,10 @@ class Presence:
             self._current = hop.peer_id
             self._peer.set_next_hop(hop.endpoints[0])
 
-    def _follow_all(self, snapshot: DirectorySnapshot, group: ReplicaGroup) -> None:
-        """Every peer of the next stage may be sent to, and every replica of this stage takes part."""
-        me, stage, now = self._entry.peer_id, self._entry.stage, time.time()
+    def _follow_all(self, snapshot: DirectorySnapshot, shared: Shared) -> None:
+        """Every peer of the next stage may be sent to, and every replica of this stage takes part: of this epoch."""
+        me, stage, now, group = self._entry.peer_id, self._entry.stage, time.time(), shared.group
+        snapshot = snapshot.where(lambda entry: epoch_of(entry) == shared.epochs.epoch)
         replicas = [entry for entry in snapshot.at(stage) if entry.peer_id != me and entry.is_live(now)]
         group.listed({entry.peer_id: entry.endpoints[0] for entry in replicas})
         if not self._peer.ledger.is_last:

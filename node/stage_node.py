@@ -18,6 +18,7 @@ from resbm_pb import stage_pb2
 from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging
 from coordinator.directory import RESERVED, PeerEntry
+from coordinator.epochs import FIRST, Epoch, epoch_of, newest_epoch
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
 from coordinator.rebalancing import Move
 from coordinator.settlement import Place, Rules
@@ -25,14 +26,16 @@ from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
 from node import speed
 from node.addresses import announced_host
-from node.assembly import StageParts, build_stage, recall_run, remember_run, stage_with_state
+from node.assembly import StageParts, build_stage, common_steps, recall_run, remember_run, stage_with_state
 from node.config import RunConfig, load_toml
-from node.events import Assigned, Live, WorkerSpec, emit
+from node.custody import Custodian, restore
+from node.epochs import EpochBegins, EpochWatch, enter_epoch, epoch_after_restoring, recall_epoch
+from node.events import Assigned, Live, Rewind, WorkerSpec, emit
 from node.join_steps import JoinSteps
 from node.metrics import NodeInfo, WorkerMetrics
 from node.metrics_server import MetricsServer
 from node.moving import MovedAway, Mover, recall_move
-from node.presence import Presence
+from node.presence import Presence, Shared
 from node.replication.calls import GrpcLine, ReplicaService
 from node.replication.group import Means, Member, ReplicaGroup
 from node.replication.record import StepRecorder
@@ -41,7 +44,7 @@ from node.sampling import keep_sampling
 from node.tcp_links import LinkWatch
 from node.version import __version__
 from stage_server.concurrency import until_first_ends
-from stage_server.errors import LinkLost, PortTaken, RewindNeeded
+from stage_server.errors import LinkLost, PortTaken, RewindNeeded, StageError
 from stage_server.grpc_links import describe
 from stage_server.links import LinkIdentity
 from stage_server.peer import StagePeer
@@ -206,20 +209,27 @@ class StageNode:
     ) -> None:
         reporter = self._reporter = EventReporter(entry.stage, metrics, emit)
         links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
+        folder = self._spec.state_folder
         with self._steps.step("state") as note:
+            epoch, restored = await self._take_up(config, entry)
+            if epoch != epoch_of(entry):
+                entry = replace(entry, epoch=epoch.number, epoch_step=epoch.step)
+                await self._swarm.publish_peer(entry)  # others follow while this peer builds its stage
             parts = await self._build(config, entry)
             reporter.base_bytes = parts.base_bytes
-            self._peer = parts.joined(LinkIdentity(config.run_id, entry.stage, self._peer_id), reporter)
+            identity = LinkIdentity(epoch.named(config.run_id), entry.stage, self._peer_id)
+            self._peer = parts.joined(identity, reporter)
             committed = parts.ledger.committed
-            note(f"step {committed} of {config.plan.steps}" if committed else "initial weights")
-        folder = self._spec.state_folder
-        group = self._group(config, entry, parts, reporter)
-        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder, group=group)
+            whence = " from a copy that peers of the next stage keep" if restored else ""
+            note(f"step {committed} of {config.plan.steps}{whence}" if committed else "initial weights")
+        shared = self._shared(config, entry, parts, reporter, restored=restored)
+        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder, shared=shared)
         with self._steps.step("live") as note:
             served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
+            if shared is not None:
+                served = replace(served, copies=shared.custodian.copies)
+                self._replica_service.attach(shared.group)
             self._service.attach(served)
-            if group is not None:
-                self._replica_service.attach(group)
             await presence.announce()
             note(f"serving stage {entry.stage} at {entry.endpoints[0]}")
         live = Live(
@@ -234,8 +244,9 @@ class StageNode:
         metrics.observe(live)
         emit(live)
         others = [keep_sampling(self._peer, links, metrics, folder)]
-        if group is not None:
-            others.append(group.run())
+        if shared is not None:
+            group = shared.group
+            others += [group.run(), shared.custodian.keep(epoch)]
             if self._spec.stage is None:
                 run_folder = folder / config.run_id
                 mover = Mover(
@@ -251,6 +262,43 @@ class StageNode:
         if self._moving is not None:
             raise MovedAway(self._moving.reason)
 
+    async def _take_up(self, config: RunConfig, entry: PeerEntry) -> tuple[Epoch, bool]:
+        """Where this peer's state belongs: the epoch, and whether the state had to come from a copy."""
+        if config.replicas.max_replicas is not None:
+            return FIRST, False
+        run_folder = self._spec.state_folder / config.run_id
+        own = recall_epoch(run_folder)
+        snapshot = await self._swarm.snapshot(config.run_id, config.stages)
+        epoch = newest_epoch(snapshot.where(lambda other: other.peer_id != self._peer_id), own)
+        if epoch != own:
+            await asyncio.to_thread(enter_epoch, run_folder, config.run_id, epoch)
+        try:
+            step = await restore(snapshot, self._spec.state_folder, config.run_id, entry.stage, epoch)
+        except StageError as error:
+            log.warning("no copy of stage %d is to be had: %s", entry.stage, error)
+            step = None
+        if step is not None and (following := epoch_after_restoring(snapshot, entry, epoch, step)) is not None:
+            log.warning("the run goes back to step %d, the newest that every stage has", following.step)
+            epoch = following
+            await asyncio.to_thread(enter_epoch, run_folder, config.run_id, epoch)
+        return epoch, step is not None
+
+    def _shared(
+        self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter, *, restored: bool
+    ) -> Shared | None:
+        """What a peer has besides where stages are shared."""
+        group = self._group(config, entry, parts, reporter)
+        if group is None:
+            return None
+        run_folder = self._spec.state_folder / config.run_id
+        every = common_steps(config)
+        return Shared(
+            group,
+            EpochWatch(self._peer_id, epoch_of(entry), parts.ledger, restored=restored),
+            Custodian(self._swarm, config.run_id, config.stages, run_folder, common_every=every),
+            parts.told_checkpoints,
+        )
+
     def _group(
         self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter
     ) -> ReplicaGroup | None:
@@ -258,11 +306,12 @@ class StageNode:
         trainer, host = parts.trainer, self._spec.host
         if not isinstance(trainer, ReplicaTrainer):
             return None
+        named = epoch_of(entry).named(config.run_id)
         endpoint = entry.endpoints[0]
         announce = endpoint.rpartition(":")[0]
-        member = Member(config.run_id, entry.stage, self._peer_id, endpoint, entry.reserved_at, entry.throughput)
+        member = Member(config.run_id, named, entry.stage, self._peer_id, endpoint, entry.reserved_at, entry.throughput)
         means = Means(
-            line=lambda endpoint: GrpcLine(endpoint, config.run_id, entry.stage),
+            line=lambda endpoint: GrpcLine(endpoint, named, entry.stage),
             averaging=lambda: ReplicaAveraging.start(
                 num_values=trainer.num_values, listen_host=host, announce_host=announce
             ),
@@ -297,15 +346,28 @@ class StageNode:
 
     async def _work(self, presence: Presence, *others: Coroutine[Any, Any, None]) -> None:
         peer = self._require_peer()
+        towards: Epoch | None = None
         try:
             errors = await until_first_ends(peer.run(), presence.keep(), presence.follow(), *others)
             if errors:
                 raise errors[0]
+        except EpochBegins as error:
+            self._tell_rewind(error)
+            towards = error.epoch
+            run_folder = self._spec.state_folder / presence.run_id
+            await asyncio.to_thread(enter_epoch, run_folder, presence.run_id, towards)
+            raise
         except RewindNeeded as error:
             peer.go_back(error.to_step)
             raise
         finally:
-            await presence.leave()
+            await presence.leave(towards)
+
+    def _tell_rewind(self, begins: EpochBegins) -> None:
+        """Tells people which steps are void."""
+        ledger = self._require_peer().ledger
+        redone = max(0, ledger.committed - begins.to_step)
+        emit(Rewind(stage=ledger.stage, to_step=begins.to_step, redone=redone, reason=begins.cause))
 
     async def _move(self, mover: Mover) -> None:
         """Leaves in good order once this peer is needed more elsewhere; `run` raises MovedAway then."""
@@ -335,7 +397,7 @@ class StageNode:
         peer = self._require_peer()
         return stage_pb2.DescribeReply(
             protocol_version=PROTOCOL_VERSION,
-            run_id=peer.identity.run_id,
+            run_id=self._ticket.run_id,
             stage=peer.identity.stage,
             num_stages=peer.ledger.num_stages,
             peer_id=self._peer_id,

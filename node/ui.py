@@ -23,6 +23,7 @@ from node.events import (
     Event,
     Link,
     Live,
+    Rewind,
     StageStep,
     Worker,
     emit,
@@ -207,6 +208,9 @@ def event_line(event: Event) -> str | None:
             line = f"     [yellow]worker {escape(event.detail)}[/], restarts in {event.in_seconds:.1f} s"
         case Complete():
             line = f"     [green]run complete[/]: {event.step} steps"
+        case Rewind():
+            again = f"{event.redone} steps are done again" if event.redone else "nothing is to be done again here"
+            line = f"     [yellow]back to step {event.to_step}[/], {again}: {escape(event.reason)}"
         case Error():
             line = f"[red]{escape(describe(event))}[/]"
     return line

@@ -20,7 +20,8 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -44,6 +45,8 @@ from stage_server.pins import Pins
 from stage_server.state_listing import StateFile, StateListing, hash_file
 
 SHARD_BYTES: Final = 64 * 2**20
+COMMON_KEPT: Final = 2  # whoever copies the newest may not be done when the next one is written
+COMMON_AGE: Final = timedelta(minutes=1)  # a copy may be being made of one that is younger
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
 _TEMPORARY: Final = ".writing-"
 _WITHDRAWN: Final = ".pinned-"
@@ -58,13 +61,19 @@ class CheckpointStore:
         run_id: whose checkpoints these are.
         stage: whose checkpoints these are.
         shard_bytes: a save copies at most this much, or the largest tensor if that is larger.
+        common_every: of the checkpoints at multiples of this step the newest two, and those of the last minute, are not
+            pruned, so that all stages hold a common one to go back to, even when one has to be restored from a copy; 0:
+            none is kept for that.
 
     Raises:
         CheckpointUnwritable: the folder cannot be made or cleared of what dead writers left.
     """
 
-    def __init__(self, folder: Path, run_id: str, stage: int, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, run_id: str, stage: int, *, shard_bytes: int = SHARD_BYTES, common_every: int = 0
+    ) -> None:
         self.folder, self.run_id, self.stage, self.shard_bytes = folder, run_id, stage, shard_bytes
+        self._common_every = common_every
         self._pins = Pins()
         self._listings: dict[Manifest, StateListing] = {}
         self._hashing = threading.Lock()
@@ -197,15 +206,23 @@ class CheckpointStore:
         self._discard(*(saved for saved in self.steps() if saved > step))
 
     def prune(self, keep_from_step: int) -> None:
-        """Remove what nobody can need: keeps all from a step on, the newest at or before it, and pinned ones.
+        """Remove what nobody can need: keeps all from a step on, the newest at or before it, common and pinned ones.
 
         Raises:
             CheckpointUnwritable: the disk refuses.
         """
         steps = self.steps()
         oldest_needed = max((step for step in steps if step <= keep_from_step), default=keep_from_step)
-        self._discard(*(step for step in steps if step < oldest_needed and step not in self._pins.pinned()))
+        kept = {*self._pins.pinned(), *self._common(steps)}
+        self._discard(*(step for step in steps if step < oldest_needed and step not in kept))
         self._sweep()
+
+    def _common(self, steps: Sequence[int]) -> Sequence[int]:
+        if not self._common_every:
+            return ()
+        common = [step for step in steps if step % self._common_every == 0]
+        oldest = time.time() - COMMON_AGE.total_seconds()
+        return [step for step in common if step in common[-COMMON_KEPT:] or self._path(step).stat().st_mtime > oldest]
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -52,6 +52,7 @@ async def fetch_state(
     run_id: str,
     folder: Path,
     *,
+    stage: int | None = None,
     step: int | None = None,
     lineage: str | None = None,
     on_progress: Callable[[StateProgress], None] | None = None,
@@ -68,6 +69,7 @@ async def fetch_state(
         donors: peers of the stage, "host:port"; of states that equally many list, the first one's is taken.
         run_id: run whose state is wanted.
         folder: made if need be; nobody else may write in it.
+        stage: stage whose state is wanted, of donors that may keep copies of others' beside their own; None: their own.
         step: the newest state at or before it; None: the newest.
         lineage: only a state of this history; None: of any.
         on_progress: told after every chunk.
@@ -89,7 +91,15 @@ async def fetch_state(
         for name in names:
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(name, options=channel_options(0)))
             peers.append(
-                Donor(name, channel, run_id=run_id, lineage=lineage, max_bytes=max_bytes, idle_seconds=idle_seconds)
+                Donor(
+                    name,
+                    channel,
+                    run_id=run_id,
+                    stage=stage,
+                    lineage=lineage,
+                    max_bytes=max_bytes,
+                    idle_seconds=idle_seconds,
+                )
             )
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(download.with_donor(peer)) for peer in peers]

@@ -13,7 +13,7 @@ from resbm_pb import stage_pb2
 from resbm_pb.stage_pb2_grpc import StageServicer, add_StageServicer_to_server
 
 from stage_server.checkpoint import CheckpointStore
-from stage_server.errors import LinkLost, PortTaken, StageError, WrongRun
+from stage_server.errors import CheckpointInvalid, LinkLost, PortTaken, StageError, WrongRun
 from stage_server.grpc_links import ServerStream, abort, server_options
 from stage_server.links import FrameStream
 from stage_server.state_serving import StateLimits, StateServing
@@ -32,6 +32,17 @@ class ServedStage:
     describe: Callable[[], stage_pb2.DescribeReply]
     serve_link: Callable[[FrameStream], Awaitable[None]]
     checkpoints: CheckpointStore
+    copies: Callable[[int], CheckpointStore | None] = lambda _: None
+    """Of another stage, what this peer keeps of its checkpoints."""
+
+    def states(self, stage: int | None) -> CheckpointStore:
+        """The checkpoints that a caller means. Raises CheckpointInvalid when there are none of that stage here."""
+        if stage is None or stage == self.checkpoints.stage:
+            return self.checkpoints
+        copies = self.copies(stage)
+        if copies is None:
+            raise CheckpointInvalid(f"this peer keeps no state of stage {stage}")
+        return copies
 
 
 class StageService(StageServicer):
@@ -62,7 +73,7 @@ class StageService(StageServicer):
         stage = await self._ready(context)
         try:
             _check_run(stage, request.run_id)
-            return await self._state.list_state(stage.checkpoints, request)
+            return await self._state.list_state(stage.states(_stage_of(request)), request)
         except StageError as error:
             await abort(context, error)
             raise
@@ -71,7 +82,8 @@ class StageService(StageServicer):
         stage = await self._ready(context)
         try:
             _check_run(stage, request.run_id)
-            await self._state.fetch_state(stage.checkpoints, request, context.peer(), context.write)
+            checkpoints = stage.states(_stage_of(request))
+            await self._state.fetch_state(checkpoints, request, context.peer(), context.write)
         except StageError as error:
             await abort(context, error)
             raise
@@ -81,6 +93,10 @@ class StageService(StageServicer):
             await abort(context, LinkLost("this peer has no stage yet"))
             raise LinkLost("not reached: abort raises")
         return self._stage
+
+
+def _stage_of(request: stage_pb2.ListStateRequest | stage_pb2.FetchStateRequest) -> int | None:
+    return request.stage if request.HasField("stage") else None
 
 
 def _check_run(stage: ServedStage, run_id: str) -> None:

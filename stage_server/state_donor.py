@@ -27,6 +27,7 @@ class Donor:
         endpoint: "host:port", for messages.
         channel: to it.
         run_id: run whose state is wanted.
+        stage: stage whose state is wanted; None: the peer's own.
         lineage: history whose state is wanted; None: any.
         max_bytes: largest state that is accepted.
         idle_seconds: without a byte for so long, the peer counts as silent.
@@ -38,13 +39,14 @@ class Donor:
         channel: grpc.aio.Channel,
         *,
         run_id: str,
+        stage: int | None,
         lineage: str | None,
         max_bytes: int,
         idle_seconds: float,
     ) -> None:
         self.endpoint = endpoint
         self._stub = stub(channel)
-        self._run_id, self._lineage = run_id, lineage
+        self._run_id, self._stage, self._lineage = run_id, stage, lineage
         self._max_bytes, self._idle_seconds = max_bytes, idle_seconds
 
     async def listing(self, step: int | None) -> StateListing:
@@ -55,15 +57,17 @@ class Donor:
             LinkLost: it cannot be reached, says nothing, or has no such state.
             Oversized, CheckpointInvalid: its answer is not accepted.
         """
-        request = stage_pb2.ListStateRequest(run_id=self._run_id, step=step, lineage=self._lineage)
+        request = stage_pb2.ListStateRequest(run_id=self._run_id, stage=self._stage, step=step, lineage=self._lineage)
         try:
             reply = await self._stub.ListState(request, timeout=self._idle_seconds)
         except grpc.aio.AioRpcError as error:
             raise self._told(error, "does not list its state") from error
         listing = from_reply(reply, self._max_bytes)
-        if (step is not None and listing.step > step) or self._lineage not in (None, listing.lineage):
+        too_late = step is not None and listing.step > step
+        if too_late or self._lineage not in (None, listing.lineage) or self._stage not in (None, listing.stage):
             raise CheckpointInvalid(
-                f"{self.endpoint} lists step {listing.step} of {listing.lineage!r}, not what was asked"
+                f"{self.endpoint} lists step {listing.step} of stage {listing.stage} and {listing.lineage!r}, "
+                "not what was asked"
             )
         return listing
 
@@ -78,6 +82,7 @@ class Donor:
         """
         request = stage_pb2.FetchStateRequest(
             run_id=self._run_id,
+            stage=self._stage,
             step=step,
             name=chunk.name,
             offset_bytes=chunk.offset_bytes,

@@ -93,6 +93,7 @@ class Member:
     """Who this replica is to the others."""
 
     run_id: str
+    named: str  # the run as its peers name it to each other: in another epoch it is another one
     stage: int
     peer_id: str
     endpoint: str
@@ -116,7 +117,7 @@ class ReplicaGroup:
     def __init__(
         self, member: Member, peer: StagePeer, trainer: ReplicaTrainer, checkpoints: CheckpointStore, means: Means
     ) -> None:
-        self.run_id, self.stage = member.run_id, member.stage
+        self.run_id, self.stage = member.named, member.stage
         self.serving = False
         """Whether this replica computes microbatches: it has met the others, and is level with them."""
         self.throughput = member.throughput
@@ -503,7 +504,7 @@ class ReplicaGroup:
             folder = self._checkpoints.incoming
             fetched = await fetch_state(
                 donors,
-                self.run_id,
+                self._member.run_id,
                 folder,
                 step=prepared.step,
                 lineage=prepared.lineage,

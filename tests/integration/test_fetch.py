@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import torch
 from resbm_pb import stage_pb2
-from support.state_peers import LINEAGE, RUN_ID, STEP, Peer, all_chunks, run, same, serving, tensors
+from support.state_peers import LINEAGE, RUN_ID, STEP, Peer, all_chunks, no_links, run, same, serving, tensors
 
 from stage_server import state_files
 from stage_server.checkpoint import CheckpointStore
@@ -30,6 +31,7 @@ from stage_server.errors import (
 )
 from stage_server.fetch import FetchedState, fetch_state
 from stage_server.grpc_links import ERROR_METADATA, stub
+from stage_server.server import ServedStage
 from stage_server.state_plan import StateProgress
 from stage_server.state_serving import MAX_CALLS_PER_DOWNLOAD, StateLimits
 
@@ -601,5 +603,22 @@ def test_a_state_that_was_written_anew_meanwhile_is_not_mixed_with_the_old_one(t
                 await fetch_state(endpoints, RUN_ID, tmp_path / "own")
             state = await fetch_state(endpoints, RUN_ID, tmp_path / "own")
         assert same(state.tensors, tensors(99))
+
+    run(scenario())
+
+
+def test_a_copy_of_another_stage_is_given_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        (peer,) = peers(tmp_path, 1)
+        copies = CheckpointStore(tmp_path / "copies", RUN_ID, 0)
+        copies.save(STEP, {"weight": torch.ones(2)})
+        known = {0: copies}
+        peer.attach(ServedStage(RUN_ID, stage_pb2.DescribeReply, no_links, peer.store, known.get))
+        async with serving(peer) as endpoints:
+            copy = await fetch_state(endpoints, RUN_ID, tmp_path / "copy", stage=0)
+            assert list(copy.tensors) == ["weight"]
+            assert_whole(await fetch_state(endpoints, RUN_ID, tmp_path / "own", stage=1), tmp_path / "own")
+            with pytest.raises(LinkLost, match="no state of stage 7"):
+                await fetch_state(endpoints, RUN_ID, tmp_path / "other", stage=7)
 
     run(scenario())

@@ -149,7 +149,7 @@ class LocalReplicas:
             line=lambda endpoint: GrpcLine(endpoint, RUN_ID, stage),
             averaging=lambda: self.new_averaging(trainer.num_values),
         )
-        member = Member(RUN_ID, stage, name, endpoint, reserved_at=float(number), throughput=1.0)
+        member = Member(RUN_ID, RUN_ID, stage, name, endpoint, reserved_at=float(number), throughput=1.0)
         group = ReplicaGroup(member, peer, trainer, store, means)
         replica = LocalReplica(name, stage, folder, peer, trainer, group, server, endpoint, reports)
         self._record_totals(replica)

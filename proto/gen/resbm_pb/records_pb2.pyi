@@ -120,6 +120,11 @@ class PeerRecord(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    EPOCH_STEP_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    KEPT_STAGE_FIELD_NUMBER: _builtins.int
+    KEPT_STEP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -154,6 +159,16 @@ class PeerRecord(_message.Message):
     """Smoothed round trip of the peer's downstream link in seconds, queues on the way included; 0 when it has none."""
     link_bytes_per_second: _builtins.float
     """Rate at which the peer's downstream link delivers what it sends, in bytes per second; 0 when it has none."""
+    epoch: _builtins.int
+    """How often the run has gone back to an older step, as far as this peer knows: it speaks with peers of the same epoch."""
+    epoch_step: _builtins.int
+    """The step at which that epoch began: where the run went back to. 0 in the first epoch."""
+    kept_stage: _builtins.int
+    """Another stage of which it keeps a copy of a checkpoint, for the day when nobody serves that stage any more; absent
+    when it keeps none.
+    """
+    kept_step: _builtins.int
+    """Step of that copy."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses of the stage service, "host:port", best first."""
@@ -163,6 +178,10 @@ class PeerRecord(_message.Message):
         """Multiaddresses of the peer's directory process: a way into the swarm for those who have met it, when the ticket's
         addresses are gone.
         """
+
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Steps of the checkpoints on its disk, ascending, at most 64."""
 
     def __init__(
         self,
@@ -186,17 +205,26 @@ class PeerRecord(_message.Message):
         bootstrap: _abc.Iterable[_builtins.str] | None = ...,
         round_trip_seconds: _builtins.float = ...,
         link_bytes_per_second: _builtins.float = ...,
+        epoch: _builtins.int = ...,
+        epoch_step: _builtins.int = ...,
+        checkpoints: _abc.Iterable[_builtins.int] | None = ...,
+        kept_stage: _builtins.int | None = ...,
+        kept_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_kept_stage", b"_kept_stage", "_loss", b"_loss", "durable_step", b"durable_step", "kept_stage", b"kept_stage", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_kept_stage", b"_kept_stage", "_loss", b"_loss", "bootstrap", b"bootstrap", "checkpoints", b"checkpoints", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "epoch", b"epoch", "epoch_step", b"epoch_step", "kept_stage", b"kept_stage", "kept_step", b"kept_step", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015
+    _WhichOneofReturnType__kept_stage: _TypeAlias = _typing.Literal["kept_stage"]  # noqa: Y015
+    _WhichOneofArgType__kept_stage: _TypeAlias = _typing.Literal["_kept_stage", b"_kept_stage"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__durable_step) -> _WhichOneofReturnType__durable_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_stage) -> _WhichOneofReturnType__kept_stage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 

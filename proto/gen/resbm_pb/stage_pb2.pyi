@@ -569,29 +569,37 @@ class ListStateRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run the caller means; otherwise ERROR_CODE_WRONG_RUN."""
     step: _builtins.int
     """The newest state at or before this step; absent: the newest of all."""
     lineage: _builtins.str
     """Only states of this lineage; absent: of any."""
+    stage: _builtins.int
+    """Stage whose state is meant: its own, or one of which it keeps a copy; absent: its own."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         step: _builtins.int | None = ...,
         lineage: _builtins.str | None = ...,
+        stage: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_step", b"_step", "lineage", b"lineage", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_stage", b"_stage", "_step", b"_step", "lineage", b"lineage", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_step", b"_step", "lineage", b"lineage", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lineage", b"_lineage", "_stage", b"_stage", "_step", b"_step", "lineage", b"lineage", "run_id", b"run_id", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lineage: _TypeAlias = _typing.Literal["lineage"]  # noqa: Y015
     _WhichOneofArgType__lineage: _TypeAlias = _typing.Literal["_lineage", b"_lineage"]  # noqa: Y015
+    _WhichOneofReturnType__stage: _TypeAlias = _typing.Literal["stage"]  # noqa: Y015
+    _WhichOneofArgType__stage: _TypeAlias = _typing.Literal["_stage", b"_stage"]  # noqa: Y015
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lineage) -> _WhichOneofReturnType__lineage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stage) -> _WhichOneofReturnType__stage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
@@ -681,6 +689,7 @@ class FetchStateRequest(_message.Message):
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run the caller means; otherwise ERROR_CODE_WRONG_RUN."""
     step: _builtins.int
@@ -695,6 +704,8 @@ class FetchStateRequest(_message.Message):
     """SHA-256 of the whole file, as listed, so that a state which was written anew meanwhile is refused
     (ERROR_CODE_CHECKPOINT_INVALID) instead of mixed with the old one; empty: any.
     """
+    stage: _builtins.int
+    """Stage whose state is meant; absent: the peer's own."""
     def __init__(
         self,
         *,
@@ -704,12 +715,15 @@ class FetchStateRequest(_message.Message):
         offset_bytes: _builtins.int = ...,
         length_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
+        stage: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stage", b"_stage", "stage", b"stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_bytes", b"length_bytes", "name", b"name", "offset_bytes", b"offset_bytes", "run_id", b"run_id", "sha256", b"sha256", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stage", b"_stage", "length_bytes", b"length_bytes", "name", b"name", "offset_bytes", b"offset_bytes", "run_id", b"run_id", "sha256", b"sha256", "stage", b"stage", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__stage: _TypeAlias = _typing.Literal["stage"]  # noqa: Y015
+    _WhichOneofArgType__stage: _TypeAlias = _typing.Literal["_stage", b"_stage"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stage) -> _WhichOneofReturnType__stage | None: ...
 
 Global___FetchStateRequest: _TypeAlias = FetchStateRequest  # noqa: Y015
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage_server.checkpoint import CheckpointStore
+from stage_server.checkpoint import COMMON_AGE, CheckpointStore
 from stage_server.errors import CheckpointInvalid, CheckpointUnwritable
 from stage_server.state_listing import CHUNK_BYTES
 
@@ -308,6 +308,17 @@ def test_prune_keeps_what_may_be_needed(store: CheckpointStore, keep_from: int, 
         store.save(step, tensors())
     store.prune(keep_from)
     assert store.steps() == kept
+
+
+def test_common_checkpoints_are_kept_for_longer(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, "run", 0, common_every=10)
+    for step in range(5, 65, 5):
+        store.save(step, tensors())
+    old = time.time() - 2 * COMMON_AGE.total_seconds()
+    for step in (10, 20, 40, 50):
+        os.utime(tmp_path / f"step-{step:08d}", (old, old))
+    store.prune(60)
+    assert store.steps() == [30, 50, 60]  # still being copied, perhaps; and the newest two
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+"""Keeps copies of another stage's checkpoints, and restores a stage from such a copy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from coordinator.custody import Source, newest_common, newest_copy, stage_in_custody
+from coordinator.directory import SERVING, DirectorySnapshot
+from coordinator.epochs import Epoch, epoch_of
+from coordinator.errors import DirectoryLost
+from coordinator.swarm import Swarm
+from node.assembly import stage_folder
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import StageError
+from stage_server.fetch import fetch_state
+
+log = logging.getLogger(__name__)
+
+LOOK = timedelta(seconds=5)
+SHARE = 0.1
+"""Of the time, at most, goes into copying: links are there for training."""
+
+
+def copies_folder(run_folder: Path) -> Path:
+    """Where copies of other stages lie: a folder for each stage."""
+    return run_folder / "copies"
+
+
+class Custodian:
+    """Copies, again and again, the newest common checkpoint of the stage that is in this peer's custody."""
+
+    def __init__(self, swarm: Swarm, run_id: str, num_stages: int, folder: Path, *, common_every: int) -> None:
+        """`folder`: the run's, in the state folder. `common_every`: in steps."""
+        self._swarm, self._run_id, self._num_stages = swarm, run_id, num_stages
+        self._folder, self._common_every = folder, common_every
+        self._store = self._newest_store()
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """(stage, step) of the copy that is here."""
+        steps = self._store.steps() if self._store is not None else []
+        return (self._store.stage, steps[-1]) if self._store is not None and steps else None
+
+    def copies(self, stage: int) -> CheckpointStore | None:
+        """The copies of a stage, if they are what is kept here."""
+        return self._store if self._store is not None and self._store.stage == stage else None
+
+    async def keep(self, epoch: Epoch) -> None:
+        """For ever. Raises CheckpointUnwritable when a folder cannot be made."""
+        while True:
+            started = time.monotonic()
+            try:
+                await self._copy(epoch)
+            except (StageError, DirectoryLost) as error:
+                log.warning("no new copy: %s", error)
+            took = time.monotonic() - started
+            await asyncio.sleep(max(LOOK.total_seconds(), took / SHARE) * random.uniform(0.8, 1.2))
+
+    async def _copy(self, epoch: Epoch) -> None:
+        snapshot = await self._swarm.snapshot(self._run_id, self._num_stages)
+        stage = stage_in_custody(snapshot, self._swarm.peer_id)
+        if stage is None:
+            return  # what is here stays: it may be the last one
+        if self._store is None or self._store.stage != stage:
+            self._store = self._store_of(stage)
+        source = newest_common(snapshot, epoch, stage, self._common_every)
+        steps = self._store.steps()
+        if source is None or (steps and steps[-1] >= source.step):
+            return
+        await _fetch(source, self._run_id, self._store)
+        self._store.prune(source.step)
+        log.info("a copy of stage %d at step %d is here", stage, source.step)
+
+    def _store_of(self, stage: int) -> CheckpointStore:
+        folder = copies_folder(self._folder) / f"stage-{stage}"
+        return CheckpointStore(folder, self._run_id, stage, common_every=self._common_every)
+
+    def _newest_store(self) -> CheckpointStore | None:
+        """What an earlier life of this peer has kept."""
+        stages = range(self._num_stages)
+        kept = [stage for stage in stages if (copies_folder(self._folder) / f"stage-{stage}").exists()]
+        stores = [store for store in map(self._store_of, kept) if store.steps()]
+        return max(stores, key=lambda store: store.steps()[-1], default=None)
+
+
+async def restore(snapshot: DirectorySnapshot, state_folder: Path, run_id: str, stage: int, epoch: Epoch) -> int | None:
+    """Gets a stage's state from a copy, where nobody serves the stage and this machine has nothing newer.
+
+    Returns the step; None where there was no need, or no copy. Raises StageError when a copy cannot be had.
+    """
+    if any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage)):
+        return None
+    source = newest_copy(snapshot, epoch, stage)
+    store = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
+    if source is None or source.step <= max(store.steps(), default=0):
+        return None
+    await _fetch(source, run_id, store)
+    return source.step
+
+
+async def _fetch(source: Source, run_id: str, store: CheckpointStore) -> None:
+    await fetch_state(source.endpoints, run_id, store.incoming, stage=source.stage, step=source.step)
+    await asyncio.to_thread(store.adopt, store.incoming)
+    shutil.rmtree(store.incoming, ignore_errors=True)
