@@ -19,6 +19,7 @@ from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, Oversized, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
 from stage_server.ids import MicrobatchId
 from stage_server.ledger import Declined, Forwarded, Outbound, Returned, Side
+from stage_server.silence import Patience, Silence
 from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
 
 Frame = stage_pb2.UpstreamFrame | stage_pb2.DownstreamFrame
@@ -26,6 +27,7 @@ GoodbyeReason: TypeAlias = "stage_pb2.Goodbye.Reason.ValueType"
 
 STATUS_INTERVAL = timedelta(seconds=1)
 SILENCE_LIMIT = timedelta(seconds=20)  # a live neighbour says something every STATUS_INTERVAL
+SUSPICION = Patience(least=2.0, factor=2.5, longest=10.0)
 HANDSHAKE_LIMIT = timedelta(seconds=20)
 MAX_MICROBATCHES_PER_FRAME = 16
 MAX_FRAMES_AHEAD = 4096  # of one that is missing; a stream in order never has any
@@ -111,7 +113,7 @@ class LinkSession:
         self._arrivals = _Arrivals()
         self._statuses_sent = 0
         self._newest_status = 0
-        self._last_heard = 0.0
+        self._silence = Silence(SUSPICION)
         self._said_goodbye = asyncio.Event()
         self._superseded = asyncio.Event()
         self._report_due = False
@@ -127,9 +129,9 @@ class LinkSession:
             self._queue.put_nowait(None)
 
     @property
-    def silent_seconds(self) -> float:
-        """Since the neighbour said anything; 0 before the first frame after the handshake."""
-        return asyncio.get_running_loop().time() - self._last_heard if self._last_heard else 0.0
+    def is_suspect(self) -> bool:
+        """Whether the neighbour has been silent for longer than it usually is: whoever can be asked instead, is."""
+        return self._silence.is_long(asyncio.get_running_loop().time())
 
     def supersede(self) -> None:
         """Ends the session: the neighbour has opened a newer stream."""
@@ -284,11 +286,11 @@ class LinkSession:
 
     async def _receive(self) -> None:
         loop = asyncio.get_running_loop()
-        self._last_heard = loop.time()
+        self._silence.heard(loop.time())
         while True:
             frame = await self._stream.receive()
             frame.DiscardUnknownFields()  # what is kept and passed on holds nothing that was not checked
-            self._last_heard = loop.time()
+            self._silence.heard(loop.time())
             self._host.count_received(frame.ByteSize())
             self._take(frame)
 
@@ -328,7 +330,8 @@ class LinkSession:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._superseded.wait(), STATUS_INTERVAL.total_seconds())
                 raise LinkLost(f"the {self._side} neighbour has opened a newer link")
-            if loop.time() - self._last_heard > SILENCE_LIMIT.total_seconds():
+            heard_at = self._silence.heard_at
+            if heard_at is not None and loop.time() - heard_at > SILENCE_LIMIT.total_seconds():
                 raise LinkLost(f"the {self._side} neighbour has been silent for {SILENCE_LIMIT.total_seconds():.0f} s")
 
 

@@ -26,8 +26,6 @@ from stage_server.totals import Totals
 REDIAL_FIRST = timedelta(milliseconds=50)
 REDIAL_LONGEST = timedelta(seconds=2)
 GOODBYE_LIMIT = timedelta(seconds=2)
-SUSPICION = timedelta(seconds=4)
-"""A peer silent for so long is not waited for, if there is another: a live one says something every second."""
 _WATCH = timedelta(seconds=0.5)
 
 
@@ -135,7 +133,7 @@ class Neighbours:
         return {
             peer
             for (side, peer), session in self._sessions.items()
-            if side is Side.DOWNSTREAM and session.silent_seconds < SUSPICION.total_seconds()
+            if side is Side.DOWNSTREAM and not session.is_suspect
         }
 
     def _leave(self, peer: str) -> None:

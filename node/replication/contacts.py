@@ -16,19 +16,16 @@ from coordinator.agreement import Round
 from node.replication.calls import Line
 from node.replication.messages import ReplicaWord
 from stage_server.errors import StageError
+from stage_server.silence import Patience, Silence
 
 HEARTBEAT = timedelta(seconds=0.5)
 GATHERING = timedelta(milliseconds=10)
 """What changes within so little time is told at once."""
 CALL_LIMIT = timedelta(seconds=3)
-SIGHT = timedelta(seconds=4)
-"""Who has not been heard for so long is out of sight,"""
-SIGHT_FACTOR = 3.0
-"""or for so many times as long as it has let others wait before: a busy machine is not a dead one,"""
-SIGHT_LONGEST = timedelta(seconds=20)
-"""but never for longer than this."""
-FORGETTING = 0.95
-"""Of the longest wait, at every word."""
+SIGHT = Patience(least=2.5, factor=3.0, longest=20.0)
+"""Who has not been heard for so long is out of sight: a round without it is void, so this is no hasty judgement."""
+ABSENCE = timedelta(seconds=1)
+"""`in_sight` is asked several times a second: where it was not for so long, this process stood still."""
 REFUSALS = 2
 """Who cannot be reached so often in a row, without a wait, is out of sight at once: its process is gone."""
 MEMORY = timedelta(minutes=1)
@@ -42,24 +39,27 @@ class Contact:
     peer_id: str
     endpoint: str
     word: ReplicaWord | None = None  # the newest heard
-    heard_at: float = 0.0  # monotonic seconds
-    longest_wait: float = 0.0  # seconds between two words, fading
+    silence: Silence = field(default_factory=lambda: Silence(SIGHT))
     refusals: int = 0  # calls in a row that failed at once
     listed_at: float = 0.0  # when the directory last named it
     proposals: dict[int, Round] = field(default_factory=dict)  # to be passed on, by number
     dirty: asyncio.Event = field(default_factory=asyncio.Event)
     talking: asyncio.Task[None] | None = None
 
+    @property
+    def heard_at(self) -> float:
+        """Monotonic seconds; 0 before its first word."""
+        return self.silence.heard_at or 0.0
+
     def hears(self, now: float) -> None:
         """It said something. `now`: monotonic seconds."""
-        wait = now - self.heard_at if self.heard_at and self.is_in_sight(now) else 0.0
-        self.longest_wait = max(wait, FORGETTING * self.longest_wait)
-        self.heard_at, self.refusals = now, 0
+        self.silence.heard(now)
+        self.refusals = 0
 
     def is_in_sight(self, now: float) -> bool:
         """Whether it was heard lately, for one that keeps others waiting as long as this one does."""
-        patience = max(SIGHT.total_seconds(), SIGHT_FACTOR * self.longest_wait)
-        return self.refusals < REFUSALS and now - self.heard_at <= min(patience, SIGHT_LONGEST.total_seconds())
+        is_heard = self.silence.heard_at is not None and not self.silence.is_long(now)
+        return is_heard and self.refusals < REFUSALS
 
 
 class Contacts:
@@ -75,6 +75,7 @@ class Contacts:
         self._own_word, self._heard, self._line = own_word, heard, line
         self._contacts: dict[str, Contact] = {}
         self._closed = False
+        self._looked_at = 0.0  # monotonic seconds
 
     def __getitem__(self, peer_id: str) -> Contact:
         return self._contacts[peer_id]
@@ -92,11 +93,20 @@ class Contacts:
     def in_sight(self) -> dict[str, ReplicaWord]:
         """The newest word of each that was heard lately."""
         now = time.monotonic()
+        self._note_absence(now)
         return {
             peer: contact.word
             for peer, contact in self._contacts.items()
             if contact.word is not None and contact.is_in_sight(now)
         }
+
+    def _note_absence(self, now: float) -> None:
+        """A machine that slept wakes up beside others who seem to have been silent: they have not."""
+        away = now - self._looked_at
+        if self._looked_at and away > ABSENCE.total_seconds():
+            for contact in self._contacts.values():
+                contact.silence.excuse(away)
+        self._looked_at = now
 
     def listed(self, endpoints: Mapping[str, str]) -> None:
         """What the directory says: the endpoint of each other replica."""

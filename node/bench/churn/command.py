@@ -203,11 +203,16 @@ class _Findings:
                 await swarm.join(late=True)
             done = (plan.quiet_seconds + number * plan.every_seconds) / total
             await self._pass(plan.every_seconds, f"blow {number + 1} of {plan.num_blows}: {blow}", done)
-        await asyncio.gather(*sleepers)
+        for sleeper in sleepers:
+            sleeper.cancel()
+        await asyncio.gather(*sleepers, return_exceptions=True)
 
     async def _wake(self, swarm: ChurnSwarm, name: str) -> None:
+        """It goes on, finds back, and leaves in good order later: the peer that joined at the blow has its place."""
         await asyncio.sleep(self._plan.stop_seconds)
         swarm.go_on(name)
+        await asyncio.sleep(self._plan.every_seconds)
+        swarm.ask_to_leave(name)
 
     def _count(self, records: Path) -> None:
         from node.replication.duties import sizes
@@ -238,7 +243,8 @@ class _Findings:
             "lost": self.counted.lost,
             "duplicated": self.counted.duplicated,
             "gradient_max_relative_difference": max((v.relative_difference for v in self.verified), default=None),
-            "replicas_identical": all(v.identical for v in self.verified) and not self.counted.disagreements,
+            "replicas_identical": all(v.identical for v in self.verified),
+            "forked_commits": self.counted.disagreements,
             "throughput_ratio": churning / quiet if quiet else None,
             "recovery_p50_seconds": percentile(journal.recoveries(), 0.50),
             "recovery_p95_seconds": percentile(journal.recoveries(), 0.95),

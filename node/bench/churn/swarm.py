@@ -38,7 +38,8 @@ class ChurnSwarm:
         self._run_file, self._folder, self._place = run_file, folder, place
         self._ticket: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._coordinator: Child | None = None
-        self._peers: dict[str, Child] = {}
+        self._started: list[Child] = []  # all peers that there ever were
+        self._peers: dict[str, Child] = {}  # those that were neither killed nor asked to leave
         self._stage: dict[str, int] = {}
         self._stopped: dict[str, list[psutil.Process]] = {}
         self._cut: set[str] = set()
@@ -65,6 +66,7 @@ class ChurnSwarm:
         command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--json", "--device", "cpu"]
         command += ["--host", self._place.address(name), "--threads", "1", "--state-dir", str(self._folder / name)]
         self._peers[name] = Child(name, self._place.command(name, command), self._folder)
+        self._started.append(self._peers[name])
         self._listen(name, self._peers[name])
         if late:
             self.journal.joined[name] = time.monotonic()
@@ -92,7 +94,7 @@ class ChurnSwarm:
         """Everybody leaves; nothing of them is left."""
         for name in [*self._stopped, *self._cut]:
             self.go_on(name)
-        children = [*self._peers.values(), *([self._coordinator] if self._coordinator else [])]
+        children = [*self._started, *([self._coordinator] if self._coordinator else [])]
         for child in children:
             if child.process.poll() is None:
                 child.process.terminate()
@@ -131,6 +133,11 @@ class ChurnSwarm:
         for process in self._stopped.pop(name, []):
             if process.is_running():
                 process.send_signal(signal.SIGCONT)
+
+    def ask_to_leave(self, name: str) -> None:
+        """As a person does with Ctrl+C: it drains. Nothing happens to one that is struck or gone."""
+        if name in self._peers and name not in self._stopped and name not in self._cut:
+            self._peers.pop(name).process.terminate()
 
     def _link(self, name: str, state: str) -> None:
         if not isinstance(self._place, NamespaceLab):
