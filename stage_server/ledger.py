@@ -17,8 +17,8 @@ frames are duplicated, reordered, delayed or lost, and whoever dies. It rests on
 
 Where a stage may have several replicas (`shared`), each does a part of a step's microbatches, and neighbours are many:
 
-5. A frame has one addressee at a time (its *route*); when that peer is gone, every frame that it was sent goes to
-   another, finished or not, as long as the stage there has not committed the step (`leave`, `orphans`).
+5. A frame has one addressee at a time (its *route*, `routes.py`); when that peer is gone, every frame that it was sent
+   goes to another, finished or not, as long as the stage there has not committed the step (`orphans`).
 6. When a step commits is not this ledger's to say: replicas agree on it (`agreed`), and until then everything that the
    gradient sum is made of is kept, so that it can be made again for any share of the step (`share`).
 7. A microbatch may be asked for when its step is committed here already: its sender's predecessor died before it had
@@ -36,7 +36,9 @@ from typing import Any
 from stage_server.errors import NeighbourStateLost, ProtocolViolation, RewindNeeded, WrongStep
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.late import LateWork
+from stage_server.marks import SideMarks
 from stage_server.plan import Plan
+from stage_server.routes import Routes, SoleRoute
 
 
 class Side(enum.StrEnum):
@@ -116,20 +118,6 @@ SOLE = ""
 
 
 @dataclass(slots=True)
-class _Neighbour:
-    """What is known of a peer on one side. `durable` and `settled` speak for all stages on that side; None: unknown."""
-
-    committed: int = 0
-    durable: int | None = None
-    settled: int | None = None
-
-    @property
-    def settled_at_least(self) -> int:
-        """Before its first status there is no reason to think that stages beyond the peer's lag behind."""
-        return self.committed if self.settled is None else self.settled
-
-
-@dataclass(slots=True)
 class _StepWork:
     """Progress within the step being worked on."""
 
@@ -178,11 +166,9 @@ class StageLedger:
         self._inputs: dict[MicrobatchId, Any] = {}
         self._returns: dict[MicrobatchId, Returned] = {}
         self._retained: dict[Side, dict[MicrobatchId, Forwarded | Returned]] = {side: {} for side in Side}
-        self._routes: dict[MicrobatchId, str] = {}
-        self._askers: dict[MicrobatchId, set[str]] = {}
-        self._refusals: dict[MicrobatchId, set[str]] = {}
         self._exists = {Side.UPSTREAM: stage > 0, Side.DOWNSTREAM: stage < num_stages - 1}
-        self._peers: dict[Side, dict[str, _Neighbour]] = {side: {} for side in Side}
+        self._marks = {side: SideMarks() for side in Side}
+        self.routes = Routes() if shared else SoleRoute(SOLE)
 
     # -- what is so ---------------------------------------------------------------------------------------------
 
@@ -231,7 +217,7 @@ class StageLedger:
         Only checkpoints at the steps where all stages write one count, not those of a drain: a stage that has to go
         back lands on a checkpoint of its own, and that must not lie before what the others keep.
         """
-        marks = [self._mark, *(self._durable(side) for side in Side if self._exists[side])]
+        marks = [self._mark, *(self._marks[side].durable for side in Side if self._exists[side])]
         known = [mark for mark in marks if mark is not None]
         return min(known) if len(known) == len(marks) else None
 
@@ -445,8 +431,7 @@ class StageLedger:
     def receive_latents(self, name: MicrobatchId, payload: Any, peer: str = SOLE) -> list[Outbound]:
         """Latents from upstream. Returns answers that are due to this sender now. Raises WrongStep."""
         self._check(name, Side.UPSTREAM, peer)
-        if self.shared:
-            self._askers.setdefault(name, set()).add(peer)
+        self.routes.asked(name, peer)
         answer = self._retained[Side.UPSTREAM].get(name)
         if answer is not None:
             return [answer]
@@ -457,16 +442,6 @@ class StageLedger:
         elif self.shared:
             return [Declined(name)]
         return []
-
-    def declined(self, name: MicrobatchId, peer: str) -> None:
-        """A peer of the next stage cannot compute this microbatch: somebody else may."""
-        self._refusals.setdefault(name, set()).add(peer)
-        if self._routes.get(name) == peer:
-            del self._routes[name]
-
-    def may_ask(self, name: MicrobatchId, peer: str) -> bool:
-        """Whether the peer has not declined it."""
-        return peer not in self._refusals.get(name, ())
 
     def receive_gradients(
         self, name: MicrobatchId, loss: float, payload: Any, peer: str = SOLE
@@ -494,7 +469,7 @@ class StageLedger:
         if not self.plan.contains(name):
             raise WrongStep(f"the run has no {name}")
         # Its newest commit may not be known here yet, hence 2; a frame may overtake the status that reports it.
-        committed = self._peer(side, peer).committed
+        committed = self._marks[side].of(peer).committed
         if name.step > committed + 2:
             raise WrongStep(f"{name} from a neighbour that has committed {committed} steps")
         # A restarted stage is given several steps at once, but never more than lie between three checkpoints.
@@ -511,7 +486,7 @@ class StageLedger:
             return sorted({*self._inputs, *self._work.done})
         answered = (name for name in self._retained[Side.UPSTREAM] if name.step >= self.committed)
         known = {*self._inputs, *self._work.done, *answered}
-        return sorted(name for name in known if peer in self._askers.get(name, ()))
+        return sorted(name for name in known if peer in self.routes.askers(name))
 
     def opened(
         self, side: Side, committed: int, held: Iterable[MicrobatchId], peer: str = SOLE
@@ -524,8 +499,7 @@ class StageLedger:
         self._check_marks(committed, None)
         if not self.shared:
             self._check_restorable(side, committed)
-        # What it had on disk before may be gone since: it says so in its first status.
-        self._peers[side][peer] = _Neighbour(committed=committed)
+        self._marks[side].opened(peer, committed)
         skip = set(held)
         frames = self._retained[side]
         return [
@@ -547,26 +521,25 @@ class StageLedger:
             )
 
     def _is_for(self, name: MicrobatchId, side: Side, peer: str) -> bool:
-        if not self.shared:
-            return True
-        return self._routes.get(name) == peer if side is Side.DOWNSTREAM else peer in self._askers.get(name, ())
+        return self.routes.to(name) == peer if side is Side.DOWNSTREAM else peer in self.routes.askers(name)
 
     def closed(self, side: Side, peer: str = SOLE) -> None:
-        """The link to a neighbour is gone. It may go back to an older checkpoint now, so no floor rests on its word."""
+        """The link to a neighbour is gone."""
         if self.shared:
-            self._peers[side].pop(peer, None)
-        elif peer in self._peers[side]:
-            self._peers[side][peer].durable = None
+            self._marks[side].forget(peer)
+        else:
+            self._marks[side].doubt(peer)
 
     def wants(self, side: Side, name: MicrobatchId, peer: str = SOLE) -> bool:
         """Whether a frame is of any use to that neighbour: it has not committed its step yet, or the answer lacks."""
-        if name.step > self._peer(side, peer).committed:
+        mark = self._marks[side].of(peer)
+        if name.step > mark.committed:
             return True
         if not self.shared:
             return False
         if side is Side.UPSTREAM:
-            return name.step == self._peer(side, peer).committed  # late there
-        return self._awaits(name) or name.step > self._peer(side, peer).settled_at_least
+            return name.step == mark.committed  # late there
+        return self._awaits(name) or name.step > mark.settled_at_least
 
     def _awaits(self, name: MicrobatchId) -> bool:
         """Forwarded here, and the next stage has not answered."""
@@ -574,32 +547,11 @@ class StageLedger:
             return self._late.awaits(name)
         return name in self._work.forwarded and name not in self._returns and name not in self._work.done
 
-    def route(self, name: MicrobatchId) -> str | None:
-        """Whom this microbatch's latents were or will be sent to; None while nobody is chosen."""
-        return self._routes.get(name) if self.shared else SOLE
-
-    def send_to(self, name: MicrobatchId, peer: str) -> None:
-        """Chooses whom this microbatch's latents go to."""
-        self._routes[name] = peer
-
-    def askers(self, name: MicrobatchId) -> frozenset[str]:
-        """Who is to be told of this microbatch's gradient."""
-        return frozenset(self._askers.get(name, ())) if self.shared else frozenset({SOLE})
-
     def outstanding(self) -> Mapping[str, int]:
         """By peer of the next stage: microbatches that it has been sent and has not answered."""
-        late = (name for name in self._routes if self._late.awaits(name))
+        late = (name for name in self.routes if self._late.awaits(name))
         waiting = (name for name in self._work.forwarded if self._awaits(name))
-        return Counter(peer for name in (*waiting, *late) if (peer := self._routes.get(name)) is not None)
-
-    def addressees(self) -> frozenset[str]:
-        """Peers of the next stage that anything kept here was sent to."""
-        return frozenset(self._routes.values())
-
-    def leave(self, peer: str) -> None:
-        """A peer of the next stage is not waited for any more: what it was sent needs another addressee."""
-        for name in [name for name, addressee in self._routes.items() if addressee == peer]:
-            del self._routes[name]
+        return Counter(peer for name in (*waiting, *late) if (peer := self.routes.to(name)) is not None)
 
     def orphans(self) -> list[Forwarded | Returned]:
         """Frames that somebody in the next stage needs and that nobody is addressed with, in order.
@@ -607,25 +559,25 @@ class StageLedger:
         Finished or not: the sum that a gone peer had added them to is gone with it, unless its stage has committed; and
         what it had sent on is gone too, unless all stages beyond have.
         """
-        settled = min((peer.settled_at_least for peer in self._peers[Side.DOWNSTREAM].values()), default=0)
+        settled = min((mark.settled_at_least for mark in self._marks[Side.DOWNSTREAM]), default=0)
         frames = self._retained[Side.DOWNSTREAM]
         needed = (name for name in frames if name.step > settled or self._awaits(name))
-        return [frames[name] for name in sorted(needed, key=_plan_order) if name not in self._routes]
+        return [frames[name] for name in sorted(needed, key=_plan_order) if name not in self.routes]
 
     def status(self, side: Side) -> tuple[int, int | None]:
         """(committed step, durable step of all stages on this side of the link), to tell the neighbour on `side`."""
         other = side.other
         if not self._exists[other]:
             return self.committed, self._mark
-        durable = self._durable(other)
+        durable = self._marks[other].durable
         if self._mark is None or durable is None:
             return self.committed, None
         return self.committed, min(self._mark, durable)
 
     def settled(self, side: Side) -> int:
         """The newest step that this stage and all beyond it have committed, to tell the neighbour on `side`."""
-        beyond = self._peers[side.other].values() if self._exists[side.other] else ()
-        return min((self.committed, *(peer.settled_at_least for peer in beyond)))
+        beyond = self._marks[side.other] if self._exists[side.other] else ()
+        return min((self.committed, *(mark.settled_at_least for mark in beyond)))
 
     def receive_status(
         self, side: Side, committed: int, durable: int | None, peer: str = SOLE, *, settled: int | None = None
@@ -636,23 +588,11 @@ class StageLedger:
         Raises ProtocolViolation for steps that the run has not.
         """
         self._check_marks(committed, durable)
-        neighbour = self._peers[side].setdefault(peer, _Neighbour())
         other = side.other
         before = self.status(other), self.settled(other)
-        neighbour.committed = max(neighbour.committed, committed)
-        neighbour.durable = durable  # may fall: a stage on that side went back to an older checkpoint
-        neighbour.settled = committed if settled is None else min(settled, committed)
+        self._marks[side].told(peer, committed, durable, settled)
         self._drop_below_floor()
         return (self.status(other), self.settled(other)) != before
-
-    def _peer(self, side: Side, peer: str) -> _Neighbour:
-        return self._peers[side].get(peer) or _Neighbour()
-
-    def _durable(self, side: Side) -> int | None:
-        """What all peers of a side are known to have on disk."""
-        told = [peer.durable for peer in self._peers[side].values()]
-        known = [durable for durable in told if durable is not None]
-        return min(known) if known and len(known) == len(told) else None
 
     def _check_marks(self, committed: int, durable: int | None) -> None:
         if committed > self.plan.steps:
@@ -671,11 +611,10 @@ class StageLedger:
         if floor <= self._dropped_to:
             return
         self._dropped_to = floor
-        kept: tuple[dict[MicrobatchId, Any], ...]
-        kept = (*self._retained.values(), self._routes, self._askers, self._refusals)
-        for of_steps in kept:
-            for name in [name for name in of_steps if name.step <= floor]:
-                del of_steps[name]
+        self.routes.forget_to(floor)
+        for frames in self._retained.values():
+            for name in [name for name in frames if name.step <= floor]:
+                del frames[name]
 
 
 def first_of(names: Sequence[MicrobatchId]) -> MicrobatchId | None:

@@ -125,7 +125,7 @@ class Neighbours:
     def _leave_silent(self) -> None:
         """Whoever has not spoken for long, or has no link, is left as soon as somebody else can be asked."""
         if self._ledger.shared and (answering := self._answering()):
-            for peer in self._ledger.addressees() - answering:
+            for peer in self._ledger.routes.addressees() - answering:
                 self._leave(peer)
 
     def _answering(self) -> set[str]:
@@ -137,7 +137,7 @@ class Neighbours:
         }
 
     def _leave(self, peer: str) -> None:
-        self._ledger.leave(peer)
+        self._ledger.routes.leave(peer)
         self.send_orphans()
 
     # -- sessions -----------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Neighbours:
             if isinstance(item, Forwarded):
                 self._send_down(item)
                 continue
-            for peer in self._ledger.askers(item.name) if only is None else (only,):
+            for peer in self._ledger.routes.askers(item.name) if only is None else (only,):
                 session = self._sessions.get((Side.UPSTREAM, peer))
                 if session and (isinstance(item, Declined) or self._ledger.wants(Side.UPSTREAM, item.name, peer)):
                     session.send(item)
@@ -228,13 +228,13 @@ class Neighbours:
 
     def _send_down(self, item: Forwarded) -> None:
         name = item.name
-        peer = self._ledger.route(name)
+        peer = self._ledger.routes.to(name)
         if peer is None:
-            candidates = [peer for peer in self._answering() if self._ledger.may_ask(name, peer)]
+            candidates = [peer for peer in self._answering() if self._ledger.routes.may_ask(name, peer)]
             peer = choose_next(candidates, self._ledger.outstanding(), self._services.seconds, self._last, self._chance)
             if peer is None:
                 return  # an orphan, until somebody is there
-            self._ledger.send_to(name, peer)
+            self._ledger.routes.send_to(name, peer)
             self._last = peer
         session = self._sessions.get((Side.DOWNSTREAM, peer))
         if session and self._ledger.wants(Side.DOWNSTREAM, name, peer):
@@ -281,7 +281,7 @@ class _LinkEnd:
 
     def link_declined(self, names: Iterable[MicrobatchId]) -> None:
         for name in names:
-            self._ledger.declined(name, self.peer)
+            self._ledger.routes.declined(name, self.peer)
         self._neighbours.send_orphans()
 
     def link_goodbye(self, reason: GoodbyeReason) -> None:

@@ -217,10 +217,10 @@ class Swarm:
     def give_up(self) -> None:
         """Whoever is waited for in vain is not waited for any more."""
         for upper in self.replicas.values():
-            for name in upper.ledger.addressees():
+            for name in upper.ledger.routes.addressees():
                 lower = self.replicas.get(name)
                 if lower is None or lower.stopped or (upper.name, name) not in self.links:
-                    upper.ledger.leave(name)
+                    upper.ledger.routes.leave(name)
 
     def dial(self) -> None:
         upper = self.chance.choice(list(self.replicas.values()))
@@ -268,7 +268,7 @@ class Swarm:
             if isinstance(item, Forwarded):
                 self.send_down(replica, item)
                 continue
-            askers = [only] if only else replica.ledger.askers(item.name)
+            askers = [only] if only else replica.ledger.routes.askers(item.name)
             for asker in askers:
                 link = self.links.get((asker, replica.name))
                 wanted = isinstance(item, Declined) or replica.ledger.wants(Side.UPSTREAM, item.name, asker)
@@ -277,14 +277,16 @@ class Swarm:
 
     def send_down(self, replica: Replica, item: Forwarded) -> None:
         ledger = replica.ledger
-        if ledger.route(item.name) is None:
+        if ledger.routes.to(item.name) is None:
             linked = [
-                lower for upper, lower in self.links if upper == replica.name and ledger.may_ask(item.name, lower)
+                lower
+                for upper, lower in self.links
+                if upper == replica.name and ledger.routes.may_ask(item.name, lower)
             ]
             if not linked:
                 return
-            ledger.send_to(item.name, self.chance.choice(sorted(linked)))
-        peer = ledger.route(item.name)
+            ledger.routes.send_to(item.name, self.chance.choice(sorted(linked)))
+        peer = ledger.routes.to(item.name)
         link = self.links.get((replica.name, peer))
         if link is not None and ledger.wants(Side.DOWNSTREAM, item.name, peer):
             link[Side.DOWNSTREAM].append(item)
@@ -318,7 +320,7 @@ class Swarm:
             case Forwarded(name, body):
                 self.send(replica, replica.ledger.receive_latents(name, body, sender), only=sender)
             case Declined(name):
-                replica.ledger.declined(name, sender)
+                replica.ledger.routes.declined(name, sender)
             case tasks.Returned(name, loss, body):
                 value = body if isinstance(body, tuple) else (loss, body)
                 self.send(replica, replica.ledger.receive_gradients(name, loss, value, sender))
