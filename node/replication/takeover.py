@@ -1,0 +1,130 @@
+"""A state on its way from one replica to another: both ends.
+
+Who takes over a state is given every commit that is agreed on from the moment the copy was made. When the copy is here
+it takes those steps, and stands where the others stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from node.replication.calls import Prepared
+from stage_server.checkpoint import CheckpointStore
+from stage_server.errors import CheckpointInvalid
+from stage_server.fetch import FetchedState, fetch_state
+from stage_server.peer import StagePeer
+from stage_server.replica_trainer import ReplicaTrainer
+
+log = logging.getLogger(__name__)
+
+COMMIT_WAIT = timedelta(seconds=5)
+PIN = timedelta(seconds=60)
+
+
+class StateOffer:
+    """The giving end: the committed state, put on disk for others to fetch."""
+
+    def __init__(self, peer: StagePeer, trainer: ReplicaTrainer, checkpoints: CheckpointStore) -> None:
+        self._peer, self._trainer, self._checkpoints = peer, trainer, checkpoints
+        self._committed = asyncio.Event()
+
+    def committed(self) -> None:
+        """A step was committed here."""
+        self._committed.set()
+
+    async def prepare(self) -> Prepared:
+        """Puts the state on disk, right after a commit if one comes soon. Raises CheckpointUnwritable."""
+        self._committed.clear()
+        try:
+            async with asyncio.timeout(COMMIT_WAIT.total_seconds()):
+                await self._committed.wait()
+        except TimeoutError:
+            log.info("no commit for a while: the state as it is")
+        prepared = await self._peer.order(self._save)
+        await asyncio.to_thread(self._checkpoints.listing, prepared.step)  # hashes it before anybody waits for that
+        return prepared
+
+    def _save(self) -> Prepared:
+        """On the device thread."""
+        step, lineage = self._peer.ledger.committed, self._peer.lineage()
+        if step not in self._checkpoints.steps() or self._checkpoints.lineage(step) != lineage:
+            self._checkpoints.save(step, self._trainer.state_tensors(), lineage)
+        self._checkpoints.pin(step, PIN)
+        return Prepared(step, lineage)
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A step that was committed while the copy was on its way."""
+
+    step: int
+    lineage: str  # after it
+    total: Tensor | None  # None: nobody had anything to add up
+
+
+class Takeover:
+    """The taking end, once. `held`: as below, of an attempt before this one."""
+
+    def __init__(
+        self,
+        peer: StagePeer,
+        trainer: ReplicaTrainer,
+        checkpoints: CheckpointStore,
+        run_id: str,
+        held: Prepared | None = None,
+    ) -> None:
+        self._peer, self._trainer, self._checkpoints = peer, trainer, checkpoints
+        self._run_id = run_id
+        self._missed: deque[Missed] = deque()
+        self.held = held
+        """Where this replica's weights stand, if no longer where the ledger does."""
+
+    def missed(self, missed: Missed) -> None:
+        """A step was committed."""
+        self._missed.append(missed)
+
+    async def fetch(self, donors: Sequence[str], prepared: Prepared) -> int:
+        """Makes the state this peer's own; the step it is of. Raises StageError."""
+        folder = self._checkpoints.incoming
+        fetched = await fetch_state(donors, self._run_id, folder, step=prepared.step, lineage=prepared.lineage)
+        await self._peer.order(lambda: self._enter(folder, fetched))
+        return fetched.step
+
+    async def catch_up(self) -> int | None:
+        """Takes the steps that were committed since the copy was made. Returns the last of them, None if none was.
+
+        When it returns, nothing more can have been committed until the caller waits for anything.
+        """
+        newest = None
+        while self._missed:
+            missed = self._missed.popleft()
+            newest = missed.step
+            if self._peer.ledger.plan.commits(newest):
+                await self._peer.order(partial(self._take_step, missed))
+        return newest
+
+    def _enter(self, folder: Path, fetched: FetchedState) -> None:
+        """On the device thread: the state becomes this peer's, and the newest checkpoint on its disk."""
+        self._trainer.load_state_tensors(fetched.tensors)
+        self.held = Prepared(fetched.step, fetched.lineage)
+        self._checkpoints.discard_after(fetched.step)
+        self._checkpoints.adopt(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _take_step(self, missed: Missed) -> None:
+        """On the device thread."""
+        if missed.total is None:
+            raise CheckpointInvalid(f"the sum of step {missed.step} is not here")
+        self._trainer.read_gradients(missed.total)
+        self._trainer.commit(missed.step)
+        self.held = Prepared(missed.step, missed.lineage)
