@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from node.assembly import stage_folder
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import StageError
 from stage_server.fetch import fetch_state
+from stage_server.state_plan import StateProgress
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,15 @@ class Custodian:
         return max(stores, key=lambda store: store.steps()[-1], default=None)
 
 
-async def restore(snapshot: DirectorySnapshot, state_folder: Path, run_id: str, stage: int, epoch: Epoch) -> int | None:
+async def restore(
+    snapshot: DirectorySnapshot,
+    state_folder: Path,
+    run_id: str,
+    stage: int,
+    epoch: Epoch,
+    *,
+    on_progress: Callable[[StateProgress], None],
+) -> int | None:
     """Gets a stage's state from a copy, where nobody serves the stage and this machine has nothing newer.
 
     Returns the step; None where there was no need, or no copy. Raises StageError when a copy cannot be had.
@@ -100,11 +110,15 @@ async def restore(snapshot: DirectorySnapshot, state_folder: Path, run_id: str, 
     store = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
     if source is None or source.step <= max(store.steps(), default=0):
         return None
-    await _fetch(source, run_id, store)
+    await _fetch(source, run_id, store, on_progress)
     return source.step
 
 
-async def _fetch(source: Source, run_id: str, store: CheckpointStore) -> None:
-    await fetch_state(source.endpoints, run_id, store.incoming, stage=source.stage, step=source.step)
+async def _fetch(
+    source: Source, run_id: str, store: CheckpointStore, on_progress: Callable[[StateProgress], None] | None = None
+) -> None:
+    await fetch_state(
+        source.endpoints, run_id, store.incoming, stage=source.stage, step=source.step, on_progress=on_progress
+    )
     await asyncio.to_thread(store.adopt, store.incoming)
     shutil.rmtree(store.incoming, ignore_errors=True)

@@ -175,6 +175,16 @@ class Complete(Frozen):
     memory: MemoryUse | None = None
 
 
+class StateTransfer(Frozen):
+    """A stage's state is on its way here from peers that have it."""
+
+    event: Literal["state_transfer"] = "state_transfer"
+    stage: int
+    done_bytes: int = Field(ge=0)
+    total_bytes: int = Field(ge=0)
+    seconds_left: float | None = Field(description="None: not known yet")
+
+
 class Rewind(Frozen):
     """The run goes back to an older step, because a stage has lost what followed. The worker is started again."""
 
@@ -257,6 +267,7 @@ Event = Annotated[
     | Checkpoint
     | Link
     | Complete
+    | StateTransfer
     | Rewind
     | Error
     | Worker

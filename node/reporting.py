@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from node import resident
-from node.events import Checkpoint, Complete, Evaluation, Event, Link, LinkTraffic, MemoryUse, StageStep, WorkTime
+from node.events import (
+    Checkpoint,
+    Complete,
+    Evaluation,
+    Event,
+    Link,
+    LinkTraffic,
+    MemoryUse,
+    StageStep,
+    StateTransfer,
+    WorkTime,
+)
 from node.metrics import WorkerMetrics
 from stage_server.profile import WorkTimes
 from stage_server.reports import (
@@ -19,8 +32,10 @@ from stage_server.reports import (
     Report,
     StepReport,
 )
+from stage_server.state_plan import StateProgress
 from stage_server.trainer import MemoryReport
 
+_TRANSFER_SECONDS = 1.0
 _RECENT_STEPS = 8  # rates are told over the last few steps
 
 
@@ -47,6 +62,7 @@ class EventReporter:
         self._emit = emit
         self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
         self._num_microbatches = 0
+        self._transfer_told_at = -math.inf  # monotonic seconds
 
     def __call__(self, report: Report) -> None:
         if isinstance(report, StepReport):
@@ -58,6 +74,21 @@ class EventReporter:
         event = _as_event(self._stage, report, self.base_bytes)
         self.metrics.observe(event)
         self._emit(event)
+
+    def transfer(self, progress: StateProgress) -> None:
+        """Tells of a state's way here: at most once a second, and its end."""
+        now = time.monotonic()
+        if progress.done_bytes < progress.total_bytes and now - self._transfer_told_at < _TRANSFER_SECONDS:
+            return
+        self._transfer_told_at = now
+        self._emit(
+            StateTransfer(
+                stage=self._stage,
+                done_bytes=progress.done_bytes,
+                total_bytes=progress.total_bytes,
+                seconds_left=progress.seconds_left,
+            )
+        )
 
     def figures(self) -> Figures:
         """Over the last few steps."""

@@ -211,7 +211,7 @@ class StageNode:
         links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
         folder = self._spec.state_folder
         with self._steps.step("state") as note:
-            epoch, restored = await self._take_up(config, entry)
+            epoch, restored = await self._take_up(config, entry, reporter)
             if epoch != epoch_of(entry):
                 entry = replace(entry, epoch=epoch.number, epoch_step=epoch.step)
                 await self._swarm.publish_peer(entry)  # others follow while this peer builds its stage
@@ -262,7 +262,7 @@ class StageNode:
         if self._moving is not None:
             raise MovedAway(self._moving.reason)
 
-    async def _take_up(self, config: RunConfig, entry: PeerEntry) -> tuple[Epoch, bool]:
+    async def _take_up(self, config: RunConfig, entry: PeerEntry, reporter: EventReporter) -> tuple[Epoch, bool]:
         """Where this peer's state belongs: the epoch, and whether the state had to come from a copy."""
         if config.replicas.max_replicas is not None:
             return FIRST, False
@@ -273,7 +273,14 @@ class StageNode:
         if epoch != own:
             await asyncio.to_thread(enter_epoch, run_folder, config.run_id, epoch)
         try:
-            step = await restore(snapshot, self._spec.state_folder, config.run_id, entry.stage, epoch)
+            step = await restore(
+                snapshot,
+                self._spec.state_folder,
+                config.run_id,
+                entry.stage,
+                epoch,
+                on_progress=reporter.transfer,
+            )
         except StageError as error:
             log.warning("no copy of stage %d is to be had: %s", entry.stage, error)
             step = None
@@ -317,6 +324,7 @@ class StageNode:
             ),
             recorder=StepRecorder.from_environment(entry.stage, self._peer_id),
             on_serving=lambda _: reporter.state_changed.set(),
+            on_transfer=reporter.transfer,
         )
         return ReplicaGroup(member, self._require_peer(), trainer, parts.checkpoints, means)
 

@@ -25,6 +25,7 @@ from node.events import (
     Live,
     Rewind,
     StageStep,
+    StateTransfer,
     Worker,
     emit,
 )
@@ -88,6 +89,7 @@ class Contribution:
     wire_bytes: int = 0
     links: dict[str, bool] = field(default_factory=dict)
     trouble: str = ""
+    transfer: StateTransfer | None = None
     live: bool = False
     complete: bool = False
 
@@ -101,6 +103,8 @@ class Contribution:
                 after = replace(live, step=event.committed_step)
             case StageStep():
                 after = self._after_step(event)
+            case StateTransfer():
+                after = replace(self, transfer=event)
             case Link():
                 after = replace(self, links={**self.links, event.side: event.state == "open"})
             case Complete():
@@ -115,6 +119,7 @@ class Contribution:
         rate = event.tokens / event.seconds if event.seconds > 0 else None
         return replace(
             self,
+            transfer=None,
             step=event.step,
             loss=self.loss if event.loss is None else event.loss,
             microbatches=self.microbatches + event.microbatches,
@@ -146,13 +151,21 @@ def verdict(state: Contribution) -> tuple[str, str]:
         return "green", "run complete, serving its weights"
     if state.trouble:
         return "red", state.trouble
-    if not state.live:
-        return "yellow", "joining"
+    if not state.live or state.transfer is not None:
+        return "yellow", "joining" if state.transfer is None else _on_its_way(state.transfer)
     if state.missing_links:
         return "yellow", f"waiting for {' and '.join(state.missing_links)}"
     if state.microbatches == 0:
         return "yellow", "waiting for the first microbatch"
     return "green", "contributing"
+
+
+def _on_its_way(transfer: StateTransfer) -> str:
+    if transfer.done_bytes >= transfer.total_bytes:
+        return "catching up with the stage's other peers"
+    left = "" if transfer.seconds_left is None else f", {short_time(transfer.seconds_left)} left"
+    amount = f"{short_bytes(transfer.done_bytes)} of {short_bytes(transfer.total_bytes)}"
+    return f"taking over the stage's state: {amount}{left}"
 
 
 def contribution_line(state: Contribution) -> str:
@@ -246,7 +259,7 @@ class PlainDisplay:
         if (line := event_line(event)) is not None:
             self._console.print(line)
         self._state = self._state.observe(event)
-        if isinstance(event, StageStep | Link | Complete):
+        if isinstance(event, StageStep | Link | Complete | StateTransfer):
             self._say()
 
     def _say(self) -> None:

@@ -36,7 +36,7 @@ from node.replication.duties import ReplicaDuties, sizes
 from node.replication.messages import ReplicaWord
 from node.replication.record import StepRecorder
 from node.replication.sums import Averaging, Sums
-from node.replication.takeover import Missed, StateOffer, Takeover
+from node.replication.takeover import Missed, OnProgress, StateOffer, Takeover
 from node.tasks import Background
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid, LinkLost, StageError
@@ -76,6 +76,7 @@ class Means:
     averaging: Callable[[], Awaitable[Averaging]]
     recorder: StepRecorder | None = None
     on_serving: Callable[[bool], None] = lambda _: None
+    on_transfer: OnProgress = lambda _: None
 
 
 class ReplicaGroup:
@@ -363,7 +364,7 @@ class ReplicaGroup:
             self._lineages = {prepared.step: prepared.lineage}
             self._sums.forget()
             self._act(self._agreement.resynced(prepared.step, prepared.lineage))
-            saved = await takeover.fetch([donor, *self._other_donors(peer)], prepared)
+            saved = await takeover.fetch([donor, *self._other_donors(peer)], prepared, self._means.on_transfer)
             newest = await takeover.catch_up()
             self._go_on(saved if newest is None else newest, durable=saved)
         except (StageError, AveragingFailed, KeyError) as error:

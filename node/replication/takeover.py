@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,8 +24,11 @@ from stage_server.errors import CheckpointInvalid
 from stage_server.fetch import FetchedState, fetch_state
 from stage_server.peer import StagePeer
 from stage_server.replica_trainer import ReplicaTrainer
+from stage_server.state_plan import StateProgress
 
 log = logging.getLogger(__name__)
+
+OnProgress = Callable[[StateProgress], None]
 
 COMMIT_WAIT = timedelta(seconds=5)
 PIN = timedelta(seconds=60)
@@ -93,10 +96,12 @@ class Takeover:
         """A step was committed."""
         self._missed.append(missed)
 
-    async def fetch(self, donors: Sequence[str], prepared: Prepared) -> int:
+    async def fetch(self, donors: Sequence[str], prepared: Prepared, on_progress: OnProgress) -> int:
         """Makes the state this peer's own; the step it is of. Raises StageError."""
         folder = self._checkpoints.incoming
-        fetched = await fetch_state(donors, self._run_id, folder, step=prepared.step, lineage=prepared.lineage)
+        fetched = await fetch_state(
+            donors, self._run_id, folder, step=prepared.step, lineage=prepared.lineage, on_progress=on_progress
+        )
         await self._peer.order(lambda: self._enter(folder, fetched))
         return fetched.step
 

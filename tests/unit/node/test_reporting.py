@@ -6,7 +6,17 @@ from datetime import timedelta
 
 import pytest
 
-from node.events import Checkpoint, Complete, Evaluation, Event, Link, StageStep, encode_event, parse_event
+from node.events import (
+    Checkpoint,
+    Complete,
+    Evaluation,
+    Event,
+    Link,
+    StageStep,
+    StateTransfer,
+    encode_event,
+    parse_event,
+)
 from node.metrics import PREFIX, NodeInfo, WorkerMetrics
 from node.reporting import EventReporter, Figures
 from stage_server.ids import StepIndex
@@ -20,6 +30,7 @@ from stage_server.reports import (
     LinkReport,
     StepReport,
 )
+from stage_server.state_plan import StateProgress
 from stage_server.trainer import MemoryReport
 
 MEMORY = MemoryReport(
@@ -114,6 +125,15 @@ def test_a_run_that_is_complete_changes_the_entry_at_once() -> None:
     assert (event.memory.optimizer_bytes, event.memory.activations_bytes) == (200, 50)
     assert event.memory.base_bytes == 12345
     assert event.memory.peak_bytes > 10 << 20  # this very process
+
+
+def test_a_states_way_here_is_told_now_and_then_and_to_its_end() -> None:
+    listener = Listener()
+    for done in range(0, 101, 10):
+        listener.reporter.transfer(StateProgress(done, 100, 5.0, None if done == 0 else 1.0))
+    told = [event for event in listener.events if isinstance(event, StateTransfer)]
+    assert [event.done_bytes for event in told] == [0, 100]  # all within a second
+    assert parse_event(encode_event(told[0])) == told[0]
 
 
 def test_metrics_hear_what_events_say() -> None:

@@ -22,7 +22,9 @@ from node.events import (
     Link,
     LinkTraffic,
     Live,
+    Rewind,
     StageStep,
+    StateTransfer,
     Worker,
     encode_event,
 )
@@ -73,6 +75,25 @@ def test_a_peer_that_does_not_contribute_says_why() -> None:
     assert line_after(ASSIGNED, LIVE, *LINKS, step(1), died).startswith("worker killed by SIGKILL, restarts in 2 s")
     assert line_after(ASSIGNED, LIVE, *LINKS, step(1), died, LIVE, *LINKS).startswith("contributing")
     assert line_after(ASSIGNED, LIVE, step(1), Complete(stage=1, step=1)).startswith("run complete")
+
+
+def test_a_state_on_its_way_is_told_with_the_time_left() -> None:
+    begun = StateTransfer(stage=1, done_bytes=0, total_bytes=120_000_000, seconds_left=None)
+    under_way = StateTransfer(stage=1, done_bytes=36_000_000, total_bytes=120_000_000, seconds_left=75.0)
+    here = StateTransfer(stage=1, done_bytes=120_000_000, total_bytes=120_000_000, seconds_left=0.0)
+    assert line_after(ASSIGNED, LIVE, begun).startswith("taking over the stage's state: 0 B of 120 MB · stage 1")
+    assert line_after(ASSIGNED, begun, under_way).startswith(
+        "taking over the stage's state: 36 MB of 120 MB, 1:15 left"
+    )
+    assert line_after(ASSIGNED, LIVE, here).startswith("catching up with the stage's other peers")
+    assert line_after(ASSIGNED, LIVE, *LINKS, here, step(1)).startswith("contributing")
+
+
+def test_going_back_is_told_with_what_it_costs() -> None:
+    line = ui.event_line(Rewind(stage=1, to_step=20, redone=7, reason="stage 2 [lost] its state"))
+    assert Text.from_markup(line or "").plain.strip() == (
+        "back to step 20, 7 steps are done again: stage 2 [lost] its state"
+    )
 
 
 def test_checks_are_numbered_with_verdict_and_duration() -> None:
