@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 
+from node.bench.churn.health import Health, keep_sampling
 from node.bench.churn.journal import Counted, Journal, count_microbatches, percentile
 from node.bench.churn.schedule import Blow, ChurnPlan, choose_victim
 from node.bench.common import JsonLines, OutFile, Quick, Report, Table, watching
@@ -94,12 +96,15 @@ def churn(
             links = None if loopback else (rate, round_trip)
             with _place(plan, links) as place:
                 asyncio.run(found.run(place))
-            watcher.doing("computing recorded steps again", 0.97)
             found.verify()
         network = "loopback" if links is None else {"rate_mbit": rate, "round_trip_ms": round_trip}
         measurements = {"run": config.model_dump(mode="json"), "run_id": config.run_id, "network": network}
         measurements |= found.measurements()
         report.finish(measurements, found.tables(), found.summary())
+
+
+def _descendants() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 @contextmanager
@@ -142,6 +147,9 @@ class _Findings:
         self._without_coordinator = without_coordinator
         self._marks: dict[str, float] = {}
         self.journal = Journal(config.stages)
+        self.health = Health()
+        self.left_behind = 0
+        self.undisturbed_loss: float | None = None
         self.counted = Counted(0, 0, 0, 0)
         self.verified: list[Verified] = []
 
@@ -154,8 +162,10 @@ class _Findings:
         become_subreaper()
         run_file = self._folder / "run.toml"
         run_file.write_text(dump_toml(self._config))
+        not_ours = _descendants()
         swarm = ChurnSwarm(run_file, self._config.stages, self._folder, place, record_every=10)
         self.journal = swarm.journal
+        sampling = asyncio.create_task(keep_sampling(self.health, lambda: swarm.pids))
         try:
             await swarm.start()
             for number in range(self._plan.peers):
@@ -168,7 +178,10 @@ class _Findings:
             await self._strike(swarm)
             self._marks["end"] = time.monotonic()
         finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
             await swarm.close()
+        self.left_behind = len(_descendants() - not_ours)
         self._count(swarm.records)
 
     async def _until_formed(self, swarm: ChurnSwarm) -> None:
@@ -228,10 +241,19 @@ class _Findings:
         )
 
     def verify(self) -> None:
-        """Computes the recorded steps again."""
-        from node.bench.churn.verify import verify_steps
+        """Computes the recorded steps again, and then all steps undisturbed up to the last evaluation."""
+        from node.bench.churn.verify import undisturbed_loss, verify_steps
 
+        self._doing("computing recorded steps again", 0.97)
         self.verified = verify_steps(self._config, self._folder / "records")
+        if self._evaluated:
+            self._doing(f"training {self._evaluated} steps undisturbed", 0.98)
+            self.undisturbed_loss = undisturbed_loss(self._config, self._evaluated)
+
+    @property
+    def _evaluated(self) -> int:
+        """Steps before the last evaluation; 0: there was none."""
+        return max(self.journal.evaluations, default=0)
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -256,6 +278,11 @@ class _Findings:
             "steps_verified": len(self.verified),
             "losses_disagree": sum(max(told) - min(told) > 1e-4 for told in journal.losses.values()),
             "worker_restarts": journal.restarts,
+            "val_loss_steps": self._evaluated,
+            "val_loss": journal.evaluations.get(self._evaluated),
+            "val_loss_undisturbed": self.undisturbed_loss,
+            **self.health.summary(),
+            "processes_left_behind": self.left_behind,
         }
 
     def tables(self) -> list[Table]:
@@ -277,5 +304,6 @@ class _Findings:
             "recoveries_seconds": journal.recoveries(),
             "joins_seconds": journal.join_times(),
             "evaluations": journal.evaluations,
+            "memory_slopes_bytes_per_second": {p: asdict(slope) for p, slope in self.health.memory_slopes().items()},
             "verified": [asdict(verified) for verified in self.verified],
         }

@@ -90,6 +90,11 @@ class ChurnSwarm:
         here = {n: s for n, s in self._stage.items() if n in self._peers and n not in away}
         return {name: stage for name, stage in here.items() if self.journal.is_level(name, stage)}
 
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """First process by peer, of those that run."""
+        return {n: child.process.pid for n, child in self._peers.items() if n not in self._stopped}
+
     async def close(self) -> None:
         """Everybody leaves; nothing of them is left."""
         for name in [*self._stopped, *self._cut]:

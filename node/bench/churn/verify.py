@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,16 @@ def verify_steps(config: RunConfig, folder: Path) -> list[Verified]:
         for step, stages in sorted(records.items())
         if len(stages) == config.stages
     ]
+
+
+def undisturbed_loss(config: RunConfig, steps: int) -> float:
+    """Validation loss of one process that has taken so many steps, nats per token: as if nothing had ever happened."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    model = UnsplitModel(config, config.run_id)
+    corpus = load_corpus(config)
+    for step in range(1, steps + 1):
+        model.train_step(step, corpus.microbatch)
+    return model.evaluate(steps + 1, corpus.microbatch)
 
 
 def _verify(model: UnsplitModel, microbatch: object, step: int, stages: Mapping[int, list[Path]]) -> Verified:

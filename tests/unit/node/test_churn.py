@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 from collections import Counter
 
+from node.bench.churn.health import Health, Sample, keep_sampling
 from node.bench.churn.journal import Counted, Journal, Struck, count_microbatches, percentile
 from node.bench.churn.schedule import Blow, ChurnPlan, choose_victim
 
@@ -65,3 +68,47 @@ def test_percentiles_of_few() -> None:
     assert percentile([], 0.5) is None
     assert percentile([3.0], 0.95) == 3.0
     assert percentile([1.0, 2.0, 3.0], 0.5) == 2.0
+
+
+# -- health -----------------------------------------------------------------------------------------------------
+
+
+def peer_samples(*, growth: float, minutes: float = 30.0) -> list[Sample]:
+    """`growth`: bytes a second, after a start that takes what it takes."""
+    times = [10.0 * turn for turn in range(int(minutes * 6))]
+    sizes = [4e8 + 1e6 * min(at, 100.0) + growth * at + 1e5 * (turn % 3) for turn, at in enumerate(times)]
+    return [Sample(at, int(size), 50) for at, size in zip(times, sizes, strict=True)]
+
+
+def test_a_leak_shows_and_a_start_does_not() -> None:
+    health = Health({"leaks": peer_samples(growth=5000.0), "sound": peer_samples(growth=0.0)})
+    slopes = health.memory_slopes()
+    assert abs(slopes["leaks"].per_second - 5000.0) < 50
+    assert slopes["leaks"].per_second > 10 * slopes["leaks"].error
+    assert abs(slopes["sound"].per_second) < 3 * slopes["sound"].error
+
+
+def test_who_lived_too_short_says_nothing_of_trends() -> None:
+    health = Health({"short": peer_samples(growth=5000.0, minutes=3)})
+    assert health.summary() == {
+        "survivors": 0,
+        "memory_slope_mb_per_hour": None,
+        "memory_slope_error_mb_per_hour": None,
+        "open_files_change": None,
+    }
+
+
+async def sampled(health: Health) -> None:
+    sampling = asyncio.create_task(keep_sampling(health, lambda: {"me": os.getpid(), "gone": 2**22}))
+    while not health.samples:
+        await asyncio.sleep(0.01)
+    sampling.cancel()
+    await asyncio.gather(sampling, return_exceptions=True)
+
+
+def test_a_living_process_is_sampled_and_one_that_is_gone_is_passed_over() -> None:
+    health = Health()
+    asyncio.run(sampled(health))
+    assert set(health.samples) == {"me"}
+    assert health.samples["me"][0].resident_bytes > 1e6
+    assert health.samples["me"][0].open_files > 0
