@@ -27,9 +27,10 @@ from datetime import timedelta
 
 import numpy as np
 
-from coordinator.averaging_child import COMMAND, START_TIMEOUT, Child, Start
+from coordinator.averaging_child import START_TIMEOUT, Child, Start
 from coordinator.averaging_contribution import Values, Wire
 from coordinator.averaging_failure import AveragingFailed, Reason
+from coordinator.averaging_launch import FreshInterpreter, Launcher
 
 __all__ = ["AveragingFailed", "Reason", "ReplicaAveraging", "StageSum", "Wire"]
 
@@ -70,9 +71,9 @@ class ReplicaAveraging:
         seed: bytes | None = None,
         wire: Wire = Wire.FLOAT32,
         within: timedelta = START_TIMEOUT,
-        command: Sequence[str] = COMMAND,
+        launcher: Launcher | None = None,
     ) -> ReplicaAveraging:
-        """Starts the process; takes about two seconds of one core, most of it torch's and hivemind's imports.
+        """Starts the process.
 
         Args:
             num_values: length of the vectors.
@@ -83,7 +84,8 @@ class ReplicaAveraging:
                 daemons of one identity confuse each other.
             wire: how values travel.
             within: for the start.
-            command: what to run instead of the averaging process, in tests.
+            launcher: starts the process, now and after failures. None means a fresh interpreter each time, which takes
+                seconds of one core for its imports: see `averaging_zygote`.
 
         Raises:
             AveragingFailed: the process does not start.
@@ -99,7 +101,7 @@ class ReplicaAveraging:
             announce=announce_host,
             port=port,
             memory_fd=memory.fd,
-            command=command,
+            launcher=launcher or FreshInterpreter(),
         )
         try:
             child = await Child.start(start, within)

@@ -1,4 +1,4 @@
-"""The averaging process as its parent sees it: started afresh, asked, and ended without leaving anything behind."""
+"""The averaging process as its parent sees it: started, asked, and ended without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +18,9 @@ from typing import Any
 
 from coordinator import children
 from coordinator.averaging_failure import AveragingFailed, Reason
+from coordinator.averaging_launch import Launcher, Process, Settings
 
-COMMAND = (sys.executable, "-m", "coordinator.averaging_process")
-START_TIMEOUT = timedelta(seconds=120)  # two seconds of one core, which others may want too
+START_TIMEOUT = timedelta(seconds=120)  # up to seconds of one core, which others may want too
 CLOSE_TIMEOUT = timedelta(seconds=2)
 _PREFIX = "resbm-averaging-"
 _LOCK = "lock"
@@ -42,7 +39,7 @@ class Start:
     announce: str
     port: int
     memory_fd: int
-    command: Sequence[str] = COMMAND
+    launcher: Launcher
 
 
 class Child:
@@ -60,7 +57,7 @@ class Child:
     def __init__(
         self,
         *,
-        process: subprocess.Popen[bytes],
+        process: Process,
         folder: Path,
         lock: int,
         reader: asyncio.StreamReader,
@@ -110,7 +107,7 @@ class Child:
 
     def is_alive(self) -> bool:
         """Whether the process and its network daemon run."""
-        return not self._lost and self._process.poll() is None and all(map(children.is_running, self._daemons))
+        return not self._lost and self._process.is_running() and all(map(children.is_running, self._daemons))
 
     async def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request. Cancelled, it gives up what was asked.
@@ -141,8 +138,7 @@ class Child:
         try:
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, within.total_seconds())
+            await asyncio.to_thread(self._process.wait, within)
         finally:
             _end(self._process, self._daemons, self._folder, self._lock)
 
@@ -166,37 +162,31 @@ class Child:
                     waiting.set_exception(AveragingFailed(Reason.PROCESS_LOST, "the averaging process died"))
 
 
-def _spawn(start: Start, folder: Path, lock: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A fresh interpreter, and our end of the socket to it. Not a fork that goes on: we may hold threads and a GPU."""
+def _spawn(start: Start, folder: Path, lock: int) -> tuple[Process, socket.socket]:
+    """The process, and our end of the socket to it."""
     ours, theirs = socket.socketpair()
     with theirs:
-        settings = {
-            "parent_pid": os.getpid(),
-            "socket_fd": theirs.fileno(),
-            "memory_fd": start.memory_fd,
-            "num_values": start.num_values,
-            "wire": start.wire,
-            "seed": start.seed.hex(),
-            "host": start.host,
-            "announce": start.announce,
-            "port": start.port,
-            "folder": str(folder),
-        }
-        environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        settings = Settings(
+            parent_pid=os.getpid(),
+            socket_fd=theirs.fileno(),
+            memory_fd=start.memory_fd,
+            lock_fd=lock,
+            num_values=start.num_values,
+            wire=start.wire,
+            seed=start.seed.hex(),
+            host=start.host,
+            announce=start.announce,
+            port=start.port,
+            folder=str(folder),
+        )
         try:
-            process = subprocess.Popen(
-                [*start.command, json.dumps(settings)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), start.memory_fd, lock),
-                env={**os.environ, **environment},
-            )
+            return start.launcher.launch(settings), ours
         except BaseException:
             ours.close()
             raise
-        return process, ours
 
 
-def _end(process: subprocess.Popen[bytes] | None, daemons: list[Any], folder: Path, lock: int) -> None:
+def _end(process: Process | None, daemons: list[Any], folder: Path, lock: int) -> None:
     """By force, which takes milliseconds, so that nothing can come between."""
     if process is not None:
         family = [*daemons, *children.descendants_of(process.pid)]

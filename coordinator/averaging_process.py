@@ -1,4 +1,4 @@
-"""The process that averages, started by `averaging_child`: `python -m coordinator.averaging_process "{settings}"`.
+"""The process that averages: `python -m coordinator.averaging_process "{settings}"`, or `serve` in a forked one.
 
 It takes requests from its parent, one JSON object a line, on the socket whose descriptor it was given, and answers each
 once:
@@ -14,26 +14,22 @@ from __future__ import annotations
 
 import os
 
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-os.environ["HIVEMIND_MEMORY_SHARING_STRATEGY"] = "file_descriptor"  # the other one needs a manager process
-os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")  # failed rounds are told to the parent
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports grpc
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import mmap
 import shutil
-import signal
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
@@ -45,29 +41,13 @@ from coordinator.averaging_contribution import Values, Wire
 from coordinator.averaging_failure import AveragingFailed, Reason
 from coordinator.averaging_group import Member, Sum, SumAverager
 from coordinator.averaging_hivemind import P2P, require_known_hivemind
+from coordinator.averaging_launch import Settings
 from coordinator.identity import write_key_file
 from coordinator.listening import Listen, multiaddress, with_checked_port
 
 MAX_LINE_BYTES = 1 << 20
 END_TIMEOUT_SECONDS = 5.0
 """For a given-up round to end; a process that cannot end it is of no use and leaves."""
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the parent decides, as JSON in the first argument."""
-
-    parent_pid: int
-    socket_fd: int
-    memory_fd: int  # 2 * num_values float32: what goes in, then what comes out
-    num_values: int
-    wire: str
-    seed: str  # of the identity, hexadecimal
-    host: str
-    announce: str
-    port: int  # 0: any
-    folder: str  # its own: it is removed in the end
 
 
 def map_memory(fd: int, num_values: int) -> tuple[Values, Values]:
@@ -177,13 +157,9 @@ async def start_p2p(settings: Settings) -> Any:
 def _children_die_with_us() -> Iterator[None]:
     """hivemind starts its daemon without a word to the kernel: this adds it, in this process of a single purpose."""
     start = asyncio.subprocess.create_subprocess_exec
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    bind = partial(children.be_killed_with_parent, os.getpid())
 
     async def start_bound(*command: str, **options: Any) -> asyncio.subprocess.Process:
-        def bind() -> None:
-            if prctl is not None:
-                prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
         return await start(*command, **options, preexec_fn=bind)
 
     with mock.patch.object(asyncio.subprocess, "create_subprocess_exec", start_bound):
@@ -211,14 +187,15 @@ async def run(settings: Settings) -> None:
     await p2p.shutdown()
 
 
-def main() -> None:
-    settings = Settings(**json.loads(sys.argv[1]))
+def serve(settings: Settings) -> NoReturn:
+    """Makes this process the averaging process, until the parent is gone; it has no other life after that."""
     folder = Path(settings.folder)
     children.die_with_parent(settings.parent_pid, folder)
+    for descriptor in settings.descriptors:
+        os.set_inheritable(descriptor, False)  # not the daemon's
     torch.set_num_threads(1)
-    # This process runs hivemind's code alone: its warnings, and what it leaves unawaited, are not ours to heed.
-    warnings.simplefilter("ignore")
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    torch.multiprocessing.set_sharing_strategy("file_descriptor")  # type: ignore[no-untyped-call]
+    _keep_quiet()
     try:
         uvloop.run(run(settings))
     except Exception as error:  # noqa: BLE001 - told to the parent, and here to whoever reads the log
@@ -227,6 +204,19 @@ def main() -> None:
         children.kill_all(children.descendants_of(os.getpid()))
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)  # threads of a stuck round shall not keep it
+
+
+def _keep_quiet() -> None:
+    """This process runs hivemind's code alone: its warnings, and what it leaves unawaited, are not ours to heed."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if "HIVEMIND_LOGLEVEL" not in os.environ:  # failed rounds are told to the parent
+        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        os.environ.setdefault("GOLOG_LOG_LEVEL", "FATAL")  # of its daemon
+
+
+def main() -> None:
+    serve(Settings.from_json(sys.argv[1]))
 
 
 if __name__ == "__main__":

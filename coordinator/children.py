@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +17,18 @@ from types import FrameType
 import psutil
 
 PARENT_POLL = timedelta(seconds=0.5)
+_PR_SET_PDEATHSIG = 1
+# Loaded before any fork: between fork and exec nothing may be.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def be_killed_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when the thread that forked it ends. Does nothing elsewhere than on Linux."""
+    if _prctl is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_with_parent(parent_pid: int, scratch: Path) -> None:

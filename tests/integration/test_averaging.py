@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from coordinator.averaging import AveragingFailed, Reason, ReplicaAveraging, StageSum, Wire
-from coordinator.averaging_child import COMMAND
+from coordinator.averaging_launch import COMMAND, FreshInterpreter
 
 pytestmark = pytest.mark.timeout(300)  # a dozen processes load torch and hivemind
 
@@ -38,7 +38,10 @@ Run = Callable[[Coroutine[Any, Any, T]], T]
 async def started(
     count: int, *, command: Sequence[str] = COMMAND, num_values: int = NUM_VALUES, wire: Wire = Wire.FLOAT32
 ) -> list[ReplicaAveraging]:
-    start = partial(ReplicaAveraging.start, num_values=num_values, wire=wire, listen_host="127.0.0.1", command=command)
+    launcher = FreshInterpreter(command)
+    start = partial(
+        ReplicaAveraging.start, num_values=num_values, wire=wire, listen_host="127.0.0.1", launcher=launcher
+    )
     return list(await asyncio.gather(*(start(within=2 * LONG) for _ in range(count))))
 
 
