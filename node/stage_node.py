@@ -17,6 +17,7 @@ from resbm_pb import stage_pb2
 
 from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging
+from coordinator.averaging_launch import Launcher
 from coordinator.directory import RESERVED, PeerEntry
 from coordinator.epochs import FIRST, Epoch, epoch_of, newest_epoch
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
@@ -61,13 +62,16 @@ PATIENCE_WITH_STATE = timedelta(minutes=2)
 class StageNode:
     """From a ticket to a served stage, until it is told to drain. A finished run's weights are served till then."""
 
-    def __init__(self, spec: WorkerSpec, swarm: Swarm, ticket: Ticket, *, device: str, steps: JoinSteps) -> None:
+    def __init__(
+        self, spec: WorkerSpec, swarm: Swarm, ticket: Ticket, *, device: str, steps: JoinSteps, launcher: Launcher
+    ) -> None:
         self._spec = spec
         self._swarm = swarm
         self._ticket = ticket
         self._peer_id = swarm.peer_id
         self._device = device
         self._steps = steps
+        self._launcher = launcher
         self._host = announced_host(spec.host, spec.announce)
         self._service = StageService()
         self._replica_service = ReplicaService()
@@ -312,6 +316,7 @@ class StageNode:
         """This peer among the replicas of its stage, where a stage may have several."""
         trainer, host = parts.trainer, self._spec.host
         if not isinstance(trainer, ReplicaTrainer):
+            self._launcher.close()  # there will be nothing to average
             return None
         named = epoch_of(entry).named(config.run_id)
         endpoint = entry.endpoints[0]
@@ -320,7 +325,7 @@ class StageNode:
         means = Means(
             line=lambda endpoint: GrpcLine(endpoint, named, entry.stage),
             averaging=lambda: ReplicaAveraging.start(
-                num_values=trainer.num_values, listen_host=host, announce_host=announce
+                num_values=trainer.num_values, listen_host=host, announce_host=announce, launcher=self._launcher
             ),
             recorder=StepRecorder.from_environment(entry.stage, self._peer_id),
             on_serving=lambda _: reporter.state_changed.set(),

@@ -1,7 +1,8 @@
 """The worker process: serves one stage of one run.
 
 `python -m node.worker` reads one WorkerSpec line from stdin and writes events to stdout. The order of the first lines
-of `main` matters: hivemind forks its processes before gRPC, CUDA or any thread exists.
+of `main` matters: the averaging process's zygote and hivemind's DHT process are forked before gRPC, CUDA or any thread
+exists.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from types import FrameType
 import torch
 import uvloop
 
+from coordinator import averaging_zygote
+from coordinator.averaging_launch import Launcher
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable, SwarmError, TicketUnreachable
 from coordinator.swarm import Swarm
 from coordinator.ticket import decode_ticket
@@ -55,7 +58,8 @@ def main() -> int:
     claim_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        return _run(spec)
+        with averaging_zygote.launching() as launcher:
+            return _run(spec, launcher)
     except DirectoryLost:
         raise  # a crash: the supervisor starts this worker again
     except (TicketUnreachable, RunNotFound) as error:
@@ -70,7 +74,7 @@ def main() -> int:
         return _refuse(MachineUnfit(f"{error.filename or 'a file'}: {error.strerror}", remedy="free disk space"))
 
 
-def _run(spec: WorkerSpec) -> int:
+def _run(spec: WorkerSpec, launcher: Launcher) -> int:
     steps = JoinSteps(emit)
     with steps.step("machine") as note:
         device = _set_up_machine(spec)
@@ -90,7 +94,7 @@ def _run(spec: WorkerSpec) -> int:
         )
         note(f"in the swarm through {len(ticket.bootstrap)} address(es)")
     try:
-        node = StageNode(spec, swarm, ticket, device=device, steps=steps)
+        node = StageNode(spec, swarm, ticket, device=device, steps=steps, launcher=launcher)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(node, may_choose_again=spec.stage is None))
     finally:

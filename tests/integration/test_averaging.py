@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -290,16 +292,66 @@ def test_nothing_is_left_after_close(run: Run[Any]) -> None:
     run(story())
 
 
+@contextlib.contextmanager
+def parent(story: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A process that holds averagers, killed at the end, and what it says of them."""
+    command = [sys.executable, str(HERE / "averaging_parent.py"), story]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as parent:
+        try:
+            assert parent.stdout is not None
+            yield parent, json.loads(parent.stdout.readline())
+        finally:
+            parent.kill()
+
+
 def test_nothing_is_left_after_the_parents_death() -> None:
     before = folders()
-    parent = subprocess.Popen([sys.executable, str(HERE / "averaging_parent.py")], stdout=subprocess.PIPE, text=True)
-    with parent:
-        assert parent.stdout is not None
-        family = family_of(int(parent.stdout.readline()))
+    with parent("fresh") as (_, said):
+        family = family_of(said["pids"][0])
         assert len(family) > 1
-        parent.kill()
     wait_until_gone(family)
     deadline = time.monotonic() + 10
     while folders() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert folders() <= before
+
+
+def files_of(pid: int) -> set[str]:
+    """Names of all open files; a pipe or socket has a name of its own."""
+    return {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks with descriptors of processes")
+def test_a_zygote_forks_averagers_that_add_up_and_that_end_with_the_parent() -> None:
+    with parent("zygote") as (process, said):
+        assert said["sums"] == [3.0, 3.0]
+        averagers = [psutil.Process(pid) for pid in said["pids"]]
+        (zygote,) = {averager.parent() for averager in averagers}
+        assert zygote is not None
+        assert zygote.ppid() == process.pid
+        family = family_of(process.pid)
+        assert len(family) == 6  # parent, zygote, two averaging processes with a daemon each
+
+        groups = [os.getpgid(member.pid) for member in (psutil.Process(process.pid), zygote, *averagers)]
+        assert len(set(groups)) == len(groups)  # Ctrl+C at a terminal reaches the parent alone
+        assert set(zygote.children()) == set(averagers)  # the killed one is reaped
+
+        pipes = {str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in (0, 1)}
+        assert all(name.startswith("pipe:") for name in pipes)
+        assert not [member for member in family[1:] if files_of(member.pid) & pipes]
+        sockets_to_parent = {name for name in files_of(said["pids"][0]) if name.startswith("socket:")}
+        others = [member for member in family if member.pid != said["pids"][0]]
+        assert not [member for member in others if files_of(member.pid) & sockets_to_parent]
+        assert not [name for name in files_of(zygote.pid) if "memfd" in name or name.endswith("/lock")]
+    wait_until_gone(family)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks with descriptors of processes")
+def test_who_has_lost_its_zygote_goes_on_with_fresh_interpreters() -> None:
+    with parent("lost zygote") as (process, said):
+        assert said["sums"] == [7.0]
+        assert psutil.Process(said["pids"][0]).ppid() == process.pid
+        family = family_of(process.pid)
+        assert len(family) == 3  # parent, averaging process, daemon: the zygote is reaped
+    wait_until_gone(family)

@@ -315,6 +315,15 @@ def test_a_worker_told_to_leave_while_it_joins_leaves(scene: Scene, step: str) -
     drained(worker, mark)
 
 
+def test_a_worker_killed_while_it_joins_leaves_nobody(scene: Scene) -> None:
+    worker, mark = scene.start(scene.spec("killed", scene.ticket))
+    read_until(worker, lambda event: event.event == "check" and event.name == "network")
+    assert len(marked(mark)) >= 4  # the worker, its zygote, the directory's process and its daemon
+    worker.kill()
+    worker.communicate(timeout=10)  # nobody else holds its stdout
+    assert left_after(mark) == []
+
+
 def test_a_worker_told_to_leave_while_it_trains_saves_what_is_committed(scene: Scene) -> None:
     spec = scene.spec("trains", scene.alone)
     worker, mark = scene.start(spec)
