@@ -24,6 +24,7 @@ MAX_ENDPOINT_CHARACTERS = 256
 _WAY_IN = re.compile(
     r"/(?P<kind>ip4|ip6|dns4|dns6)/(?P<host>[^/,\s]{1,253})/tcp/(?P<port>\d{1,5})/p2p/[1-9A-HJ-NP-Za-km-z]{40,70}"
 )
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{40,70}")
 
 
 def run_key(run_id: str) -> str:
@@ -63,8 +64,26 @@ class PeerEntry:
     link_bytes_per_second: float = 0.0
     bootstrap: tuple[str, ...] = ()
     """Multiaddresses of the peer's directory process, with peer id."""
+    node_id: str = ""
+    """Peer id of the first of several peers that one machine runs; empty: this is it. See `node`."""
+    stand_in: bool = False
+    """Whether the peer serves its stage only because nobody else does, see coordinator/coverage.py."""
+    max_stages: int = 1
+    """How many stages the machine would serve at most; said by its first peer."""
+    claimed_at: float = 0.0
+    """Unix time of the claim that a stand-in has taken over from another one with its place; 0: none, see `claim`."""
     expires_at: float = 0.0
     """Unix time in seconds; set by the directory when the entry is read, 0 in an entry to be published."""
+
+    @property
+    def node(self) -> str:
+        """The machine, by the peer id of its first peer."""
+        return self.node_id or self.peer_id
+
+    @property
+    def claim(self) -> float:
+        """Unix time in seconds of the first claim to the place, whoever made it."""
+        return self.claimed_at or self.reserved_at
 
     def is_live(self, now: float) -> bool:
         """Whether the record still speaks for its peer."""
@@ -109,6 +128,10 @@ class PeerEntry:
             round_trip_seconds=record.round_trip_seconds,
             link_bytes_per_second=record.link_bytes_per_second,
             bootstrap=tuple(record.bootstrap),
+            node_id=record.node_id,
+            stand_in=record.stand_in,
+            max_stages=max(1, record.max_stages),
+            claimed_at=record.claimed_at,
             expires_at=opened.expires_at,
         )
 
@@ -125,6 +148,10 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} has no usable endpoint")
     if len(record.bootstrap) > MAX_ENDPOINTS or not all(map(is_way_in, record.bootstrap)):
         raise RecordInvalid(f"{peer_id} names bootstrap addresses that are none, or too many")
+    if record.node_id and not _PEER_ID.fullmatch(record.node_id):
+        raise RecordInvalid(f"{peer_id} names a machine by what is no peer id")
+    if record.stand_in and record.node_id in ("", record.peer_id):
+        raise RecordInvalid(f"{peer_id} stands in, but is the only peer of its machine")
     numbers = (
         record.throughput,
         record.compute_share,
@@ -133,6 +160,7 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         record.round_trip_seconds,
         record.link_bytes_per_second,
         record.reserved_at,
+        record.claimed_at,
     )
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")

@@ -120,6 +120,10 @@ class PeerRecord(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    STAND_IN_FIELD_NUMBER: _builtins.int
+    MAX_STAGES_FIELD_NUMBER: _builtins.int
+    CLAIMED_AT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -154,6 +158,14 @@ class PeerRecord(_message.Message):
     """Smoothed round trip of the peer's downstream link in seconds, queues on the way included; 0 when it has none."""
     link_bytes_per_second: _builtins.float
     """Rate at which the peer's downstream link delivers what it sends, in bytes per second; 0 when it has none."""
+    node_id: _builtins.str
+    """Peer id of the first of several peers that one machine runs, a stage each; absent: this is it."""
+    stand_in: _builtins.bool
+    """Whether the peer serves its stage only because nobody else does: it leaves when somebody else serves."""
+    max_stages: _builtins.int
+    """How many stages the machine would serve at most, said by its first peer; 0 is 1."""
+    claimed_at: _builtins.float
+    """Unix time in seconds of the claim that a stand-in took over with its place; 0: its own, reserved_at."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses of the stage service, "host:port", best first."""
@@ -186,10 +198,14 @@ class PeerRecord(_message.Message):
         bootstrap: _abc.Iterable[_builtins.str] | None = ...,
         round_trip_seconds: _builtins.float = ...,
         link_bytes_per_second: _builtins.float = ...,
+        node_id: _builtins.str = ...,
+        stand_in: _builtins.bool = ...,
+        max_stages: _builtins.int = ...,
+        claimed_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "claimed_at", b"claimed_at", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "max_stages", b"max_stages", "microbatches", b"microbatches", "node_id", b"node_id", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "stand_in", b"stand_in", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015
