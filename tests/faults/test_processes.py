@@ -45,7 +45,8 @@ import asyncio, sys
 from datetime import timedelta
 from pathlib import Path
 from node.events import WorkerSpec, emit
-from node.supervisor import BackOff, Supervisor
+from node.keeper import BackOff
+from node.supervisor import Supervisor
 folder = Path(sys.argv[1])
 spec = WorkerSpec(ticket="t", state_folder=folder, identity_file=folder / "identity")
 quick = BackOff(first=timedelta(milliseconds=10), give_up_after=2)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from node.errors import StateFolderBusy, WorkerCrashed
 from node.events import Complete, Error, Event, Worker, WorkerSpec
-from node.supervisor import BackOff, Ended, Outcome, Supervisor, locked_folder
+from node.keeper import BackOff, Ended, Outcome
+from node.supervisor import Supervisor, locked_folder
 
 QUICK = BackOff(first=timedelta(milliseconds=10), give_up_after=4)
 PREAMBLE = """
