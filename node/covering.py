@@ -112,6 +112,7 @@ class Covering:
             throughput=self._entry.throughput,
             stand_in=cover.stage not in self._room.also,
             claimed_at=cover.claimed_at,
+            bootstrap=self._entry.bootstrap,
         )
         self._tell(Cover(stage=cover.stage, reason=reason, beside=beside))
 

@@ -45,6 +45,7 @@ class Beside(Frozen):
     throughput: float = Field(gt=0, description="microbatches per second that the first one measured")
     stand_in: bool = Field(description="it leaves when somebody else serves the stage; else a person wanted it there")
     claimed_at: float = Field(0.0, ge=0, description="Unix time of the claim taken over with the place; 0: none")
+    bootstrap: tuple[str, ...] = Field((), description="the first one's directory: a way in when the ticket's are gone")
 
 
 class WorkerSpec(Frozen):

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from coordinator.directory import DirectorySnapshot, PeerEntry
+from coordinator.directory import SERVING, DirectorySnapshot, PeerEntry
 from node.swarm_view import SwarmView, pause, unserved
 from node.ui import short_bytes, short_count
 
@@ -114,7 +114,7 @@ def _row(entry: PeerEntry, steps: int) -> tuple[str, ...]:
     return (
         str(entry.stage),
         f"{entry.peer_id[:8]}..{entry.peer_id[-6:]}",
-        state_name(entry),
+        "standing in" if entry.stand_in and entry.state == SERVING else state_name(entry),
         f"{entry.committed_step}/{steps}",
         "-" if entry.loss is None else f"{entry.loss:.3f}",
         short_count(entry.tokens_per_second),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from node.cores import threads_of_a_stage
 from node.errors import NodeError, StateFolderBusy, WorkerCrashed
 from node.events import Check, Cover, Error, Event, Worker, WorkerSpec
 from node.keeper import DRAIN_TIMEOUT, WORKER_COMMAND, BackOff, Ended, Habits, Household, Keeper, Outcome
@@ -26,6 +27,9 @@ from node.processes import become_subreaper
 
 AFTER_FAILURE = timedelta(minutes=5)
 """How long a stage is left alone whose worker was refused, or crashed too often."""
+
+PORT_STRIDE = 10
+"""With --port P the worker for stage s, beside the first, listens at P + 10 (s + 1)."""
 
 
 @contextlib.contextmanager
@@ -125,7 +129,7 @@ class Supervisor:
         pause = time.monotonic() < self._not_before.get(stage, 0.0)
         if self._group is None or self._stops or stage in self._beside or pause:
             return
-        spec = _beside_spec(self._spec, cover)
+        spec = _beside_spec(self._spec, cover, num_workers=2 + len(self._beside))
         keeper = self._keeper(spec.state_folder, lambda: spec, partial(self._heard_beside, stage))
         self._beside[stage] = keeper
         self._group.create_task(self._keep_beside(stage, keeper))
@@ -151,8 +155,8 @@ class Supervisor:
         self._on_beside(stage, event)
 
 
-def _beside_spec(first: WorkerSpec, cover: Cover) -> WorkerSpec:
-    """What a worker beside the first one is told. It has an identity, a folder and ports of its own."""
+def _beside_spec(first: WorkerSpec, cover: Cover, num_workers: int) -> WorkerSpec:
+    """What a worker beside the first one is told: it has an identity, a folder, ports and threads of its own."""
     folder = first.state_folder / f"beside-{cover.stage}"
     changes = {
         "state_folder": folder,
@@ -161,11 +165,18 @@ def _beside_spec(first: WorkerSpec, cover: Cover) -> WorkerSpec:
         "also": (),
         "max_stages": 1,
         "beside": cover.beside,
-        "port": 0,
-        "dht_port": 0,
-        "metrics_port": None if first.metrics_port is None else 0,
+        "port": _port_beside(first.port, cover.stage),
+        "dht_port": _port_beside(first.dht_port, cover.stage),
+        "metrics_port": None if first.metrics_port is None else _port_beside(first.metrics_port, cover.stage),
+        "threads": first.threads or threads_of_a_stage(num_workers),
     }
     return first.model_copy(update=changes)
+
+
+def _port_beside(port: int, stage: int) -> int:
+    """Of the worker for that stage, so that a person can open it in a firewall; 0 (any) stays 0."""
+    beside = port + PORT_STRIDE * (stage + 1) if port else 0
+    return beside if beside < 65536 else 0
 
 
 @contextlib.contextmanager

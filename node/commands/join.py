@@ -32,7 +32,12 @@ def join(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     announce: Annotated[str, typer.Option(help="Address that others dial, if it is another one.")] = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 0,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Port to listen on; 0: any free one. For a further stage s: PORT + 10 (s + 1)."
+        ),
+    ] = 0,
     dht_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the directory; 0: any free one.")] = 0,
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve /metrics for Prometheus here; 0: any free port.")

@@ -183,12 +183,15 @@ def test_a_further_worker_has_a_folder_an_identity_and_ports_of_its_own(tmp_path
     """
     )
     subject = supervisor(tmp_path, code, [], on_beside=lambda stage, event: told.append((stage, event)))
-    subject._spec = subject._spec.model_copy(update={"port": 4000, "metrics_port": 9100, "also": (1,), "max_stages": 0})
+    subject._spec = subject._spec.model_copy(
+        update={"port": 4000, "metrics_port": 65530, "also": (1,), "max_stages": 0}
+    )
     assert run(subject).outcome is Outcome.COMPLETE
     spec = WorkerSpec.model_validate_json((tmp_path / "beside-1" / "worker.log").read_text().splitlines()[0])
     assert spec.state_folder == tmp_path / "beside-1"
     assert spec.identity_file == tmp_path / "beside-1" / "identity.key"
-    assert (spec.stage, spec.also, spec.max_stages, spec.port, spec.metrics_port) == (1, (), 1, 0, 0)
+    assert (spec.stage, spec.also, spec.max_stages) == (1, (), 1)
+    assert (spec.port, spec.dht_port, spec.metrics_port) == (4020, 0, 0)  # far from the first one's, or any
     assert spec.beside == Beside(node_id="me", throughput=2.0, stand_in=True)
     assert {stage for stage, _ in told} == {1}
     workers = [event for _, event in told if isinstance(event, Worker)]

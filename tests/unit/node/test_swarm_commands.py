@@ -93,6 +93,16 @@ def test_status_for_people_has_a_row_for_every_stage() -> None:
         assert words in text
 
 
+def test_status_marks_who_stands_in() -> None:
+    snapshot = DirectorySnapshot.of("r", 2, [entry(0, "a"), entry(1, "b", node_id="a", stand_in=True)], taken_at=50.0)
+    out = io.StringIO()
+    Console(file=out, width=160).print(status_view.as_table(snapshot, "demo", 100))
+    assert "standing in" in out.getvalue()
+    assert "every stage is served" in out.getvalue()
+    peers = status_view.as_json(snapshot, "demo", 100)["peers"]
+    assert [(peer["node_id"], peer["stand_in"]) for peer in peers] == [("a", False), ("a", True)]
+
+
 def test_status_names_the_stage_that_holds_the_swarm_back() -> None:
     full = DirectorySnapshot.of(
         "r", 2, [entry(0, throughput=4.0, committed_step=3), entry(1, throughput=2.5, committed_step=4)], taken_at=50.0
