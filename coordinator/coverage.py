@@ -5,6 +5,9 @@ more peer: a *stand-in*. Everyone computes the same plan from the same records (
 plan names starts a stand-in. For placement and rebalancing a stand-in counts as nobody: newcomers go where it is, and
 it leaves when one of them serves and is level (`relief_of`). So with as many machines as stages each ends with one.
 
+Once the run has taken steps, an empty stage's weights are on somebody's disk or lost. Only a machine that keeps
+a checkpoint of it (`PeerEntry.kept_stages`) takes it then: others could bring nothing but initial weights.
+
 A stage is never left empty: of its peers one ranks first, by what never changes in their records (`_rank`), so whatever
 each of them has seen, two never leave for each other.
 """
@@ -76,10 +79,13 @@ def plan_cover(snapshot: DirectorySnapshot, gaps: Gaps, policy: Policy, *, now: 
     """
     loads, most = _loads(snapshot, now)
     empty = empty_stages(snapshot, now=now)
+    started = any(entry.committed_step > 0 for entry in snapshot.all_peers())
+    kept = {entry.peer_id: entry.kept_stages for entry in snapshot.all_peers()}
     covers = []
     for stage in empty:
         waited = now - gaps.since.get(stage, now) - policy.grace.total_seconds()
-        able = sorted((node for node in most if loads[node] < most[node]), key=lambda n: (loads[n], scatter(n, stage)))
+        able = [n for n in most if loads[n] < most[n] and (not started or stage in kept[n])]
+        able.sort(key=lambda node: (loads[node], scatter(node, stage)))
         if waited >= 0 and able:
             node = able[int(waited / policy.turn.total_seconds()) % len(able)]
             covers.append(Cover(stage, node))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ COMPLETE: Final = records_pb2.PEER_STATE_COMPLETE
 
 MAX_ENDPOINTS = 8
 MAX_ENDPOINT_CHARACTERS = 256
+MAX_KEPT_STAGES = 256
 _WAY_IN = re.compile(
     r"/(?P<kind>ip4|ip6|dns4|dns6)/(?P<host>[^/,\s]{1,253})/tcp/(?P<port>\d{1,5})/p2p/[1-9A-HJ-NP-Za-km-z]{40,70}"
 )
@@ -70,6 +72,8 @@ class PeerEntry:
     """Whether the peer serves its stage only because nobody else does, see coordinator/coverage.py."""
     max_stages: int = 1
     """How many stages the machine would serve at most; said by its first peer."""
+    kept_stages: tuple[int, ...] = ()
+    """Stages that the machine holds checkpoints of, beside its first peer's own; said by that one."""
     claimed_at: float = 0.0
     """Unix time of the claim that a stand-in has taken over from another one with its place; 0: none, see `claim`."""
     expires_at: float = 0.0
@@ -131,6 +135,7 @@ class PeerEntry:
             node_id=record.node_id,
             stand_in=record.stand_in,
             max_stages=max(1, record.max_stages),
+            kept_stages=tuple(record.kept_stages),
             claimed_at=record.claimed_at,
             expires_at=opened.expires_at,
         )
@@ -150,6 +155,9 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} names bootstrap addresses that are none, or too many")
     if record.node_id and not _PEER_ID.fullmatch(record.node_id):
         raise RecordInvalid(f"{peer_id} names a machine by what is no peer id")
+    kept = list(record.kept_stages)
+    if len(kept) > MAX_KEPT_STAGES or any(later <= earlier for earlier, later in itertools.pairwise(kept)):
+        raise RecordInvalid(f"{peer_id} keeps stages that are too many or out of order")
     if record.stand_in and record.node_id in ("", record.peer_id):
         raise RecordInvalid(f"{peer_id} stands in, but is the only peer of its machine")
     numbers = (

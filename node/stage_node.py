@@ -17,7 +17,7 @@ from resbm_pb import stage_pb2
 
 from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging
-from coordinator.directory import RESERVED, PeerEntry
+from coordinator.directory import MAX_KEPT_STAGES, RESERVED, PeerEntry
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
 from coordinator.rebalancing import Move
 from coordinator.settlement import Place, Rules
@@ -25,7 +25,7 @@ from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
 from node import speed
 from node.addresses import announced_host
-from node.assembly import StageParts, build_stage, recall_run, remember_run, stage_with_state
+from node.assembly import StageParts, build_stage, recall_run, remember_run, stage_with_state, stages_kept_beside
 from node.config import RunConfig, load_toml
 from node.covering import Covering, Room, policy_of, until_relieved
 from node.events import Assigned, Live, Relieved, WorkerSpec, emit
@@ -169,6 +169,7 @@ class StageNode:
             stand_in=beside.stand_in if beside else False,
             claimed_at=beside.claimed_at if beside else 0.0,
             max_stages=capacity if self._room.stands_in else 1,
+            kept_stages=stages_kept_beside(self._spec.state_folder, config.run_id)[:MAX_KEPT_STAGES],
         )
         with self._steps.step("stage") as note:
             place = await self._take_place(config, entry, machine)

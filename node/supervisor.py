@@ -22,6 +22,7 @@ import psutil
 from node.cores import threads_of_a_stage
 from node.errors import NodeError, StateFolderBusy, WorkerCrashed
 from node.events import Check, Cover, Error, Event, Worker, WorkerSpec
+from node.folders import beside_folder
 from node.keeper import DRAIN_TIMEOUT, WORKER_COMMAND, BackOff, Ended, Habits, Household, Keeper, Outcome
 from node.processes import become_subreaper
 
@@ -157,7 +158,7 @@ class Supervisor:
 
 def _beside_spec(first: WorkerSpec, cover: Cover, num_workers: int) -> WorkerSpec:
     """What a worker beside the first one is told: it has an identity, a folder, ports and threads of its own."""
-    folder = first.state_folder / f"beside-{cover.stage}"
+    folder = beside_folder(first.state_folder, cover.stage)
     changes = {
         "state_folder": folder,
         "identity_file": folder / "identity.key",

@@ -124,6 +124,7 @@ class PeerRecord(_message.Message):
     STAND_IN_FIELD_NUMBER: _builtins.int
     MAX_STAGES_FIELD_NUMBER: _builtins.int
     CLAIMED_AT_FIELD_NUMBER: _builtins.int
+    KEPT_STAGES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -176,6 +177,10 @@ class PeerRecord(_message.Message):
         addresses are gone.
         """
 
+    @_builtins.property
+    def kept_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Stages that the machine holds checkpoints of, beside its first peer's own; said by that one. Ascending, each once."""
+
     def __init__(
         self,
         *,
@@ -202,10 +207,11 @@ class PeerRecord(_message.Message):
         stand_in: _builtins.bool = ...,
         max_stages: _builtins.int = ...,
         claimed_at: _builtins.float = ...,
+        kept_stages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "claimed_at", b"claimed_at", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "max_stages", b"max_stages", "microbatches", b"microbatches", "node_id", b"node_id", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "stand_in", b"stand_in", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "claimed_at", b"claimed_at", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "kept_stages", b"kept_stages", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "max_stages", b"max_stages", "microbatches", b"microbatches", "node_id", b"node_id", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "stand_in", b"stand_in", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015

@@ -70,6 +70,12 @@ def test_a_stage_that_somebody_is_about_to_serve_is_left_to_them() -> None:
     assert plan(directory(2, peer(0, "a"), peer(1, "b", state=DRAINING))) == [(1, "a")]
 
 
+def test_once_steps_were_taken_only_who_keeps_the_weights_takes_a_stage() -> None:
+    away = (peer(0, "a", committed_step=7), peer(1, "b", committed_step=7, kept_stages=(3, 4)))
+    assert plan(directory(4, *away)) == [(3, "b")]
+    assert plan(directory(3, *away)) == []
+
+
 def test_nothing_is_taken_before_it_was_empty_for_a_while() -> None:
     snapshot = directory(2, peer(0, "a"))
     seen = Gaps().after(snapshot, now=NOW)

@@ -41,6 +41,7 @@ ENTRY = PeerEntry(
     stand_in=True,
     max_stages=4,
     claimed_at=NOW - 60,
+    kept_stages=(0, 3),
     expires_at=NOW + 30,
 )
 
@@ -83,6 +84,9 @@ def test_round_trip_keeps_every_field() -> None:
         {"round_trip_seconds": -0.1},
         {"link_bytes_per_second": math.nan},
         {"claimed_at": -1.0},
+        {"kept_stages": (1, 1)},
+        {"kept_stages": (2, 1)},
+        {"kept_stages": tuple(range(257))},
         {"node_id": "no peer id"},
         {"node_id": "1" * 71},
         {"node_id": ""},  # a stand-in is never the only peer of its machine
