@@ -165,6 +165,8 @@ def _choose_neediest(snapshot: DirectorySnapshot, machine: MachineProfile, costs
 
 
 def _helping(stage: int, snapshot: DirectorySnapshot, machine: MachineProfile, rates: Sequence[float]) -> Assignment:
+    if rates[stage] == 0 and any(entry.stand_in for entry in snapshot.at(stage)):
+        return Assignment(stage, f"{_of(stage, snapshot)}: served only by a machine that has another one, too")
     if rates[stage] == 0:
         return Assignment(stage, _why_uncovered(stage, snapshot, rates.count(0.0) - 1))
     lifted = [rate + machine.rates[stage] * (s == stage) for s, rate in enumerate(rates)]

@@ -47,9 +47,9 @@ def newest_common(snapshot: DirectorySnapshot, epoch: Epoch, stage: int, common_
 
 def newest_copy(snapshot: DirectorySnapshot, epoch: Epoch, stage: int) -> Source | None:
     """The newest copy of a stage that others keep."""
-    keepers = [e for e in snapshot.all_peers() if e.kept_stage == stage and e.kept_step and epoch_of(e) == epoch]
-    newest = max((entry.kept_step for entry in keepers), default=0)
-    return _source(stage, newest, [entry for entry in keepers if entry.kept_step == newest]) if newest else None
+    keepers = [e for e in snapshot.all_peers() if e.copied_stage == stage and e.copied_step and epoch_of(e) == epoch]
+    newest = max((entry.copied_step for entry in keepers), default=0)
+    return _source(stage, newest, [entry for entry in keepers if entry.copied_step == newest]) if newest else None
 
 
 def _source(stage: int, step: int, entries: Sequence[PeerEntry]) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -22,9 +23,11 @@ COMPLETE: Final = records_pb2.PEER_STATE_COMPLETE
 MAX_ENDPOINTS = 8
 MAX_ENDPOINT_CHARACTERS = 256
 MAX_CHECKPOINTS = 64
+MAX_KEPT_STAGES = 256
 _WAY_IN = re.compile(
     r"/(?P<kind>ip4|ip6|dns4|dns6)/(?P<host>[^/,\s]{1,253})/tcp/(?P<port>\d{1,5})/p2p/[1-9A-HJ-NP-Za-km-z]{40,70}"
 )
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{40,70}")
 
 
 def run_key(run_id: str) -> str:
@@ -69,12 +72,32 @@ class PeerEntry:
     """Where the run went back to when the epoch began."""
     checkpoints: tuple[int, ...] = ()
     """Steps of the checkpoints on the peer's disk."""
-    kept_stage: int | None = None
+    copied_stage: int | None = None
     """Another stage of which the peer keeps a copy of a checkpoint,"""
-    kept_step: int = 0
+    copied_step: int = 0
     """of this step."""
+    node_id: str = ""
+    """Peer id of the first of several peers that one machine runs; empty: this is it. See `node`."""
+    stand_in: bool = False
+    """Whether the peer serves its stage only because nobody else does, see coordinator/coverage.py."""
+    max_stages: int = 1
+    """How many stages the machine would serve at most; said by its first peer."""
+    kept_stages: tuple[int, ...] = ()
+    """Stages that the machine holds checkpoints of, beside its first peer's own; said by that one."""
+    claimed_at: float = 0.0
+    """Unix time of the claim that a stand-in has taken over from another one with its place; 0: none, see `claim`."""
     expires_at: float = 0.0
     """Unix time in seconds; set by the directory when the entry is read, 0 in an entry to be published."""
+
+    @property
+    def node(self) -> str:
+        """The machine, by the peer id of its first peer."""
+        return self.node_id or self.peer_id
+
+    @property
+    def claim(self) -> float:
+        """Unix time in seconds of the first claim to the place, whoever made it."""
+        return self.claimed_at or self.reserved_at
 
     def is_live(self, now: float) -> bool:
         """Whether the record still speaks for its peer."""
@@ -122,8 +145,13 @@ class PeerEntry:
             epoch=record.epoch,
             epoch_step=record.epoch_step,
             checkpoints=tuple(record.checkpoints),
-            kept_stage=record.kept_stage if record.HasField("kept_stage") else None,
-            kept_step=record.kept_step,
+            copied_stage=record.copied_stage if record.HasField("copied_stage") else None,
+            copied_step=record.copied_step,
+            node_id=record.node_id,
+            stand_in=record.stand_in,
+            max_stages=max(1, record.max_stages),
+            kept_stages=tuple(record.kept_stages),
+            claimed_at=record.claimed_at,
             expires_at=opened.expires_at,
         )
 
@@ -144,6 +172,13 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         raise RecordInvalid(f"{peer_id} names {len(record.checkpoints)} checkpoints")
     if (record.epoch == 0) > (record.epoch_step == 0):
         raise RecordInvalid(f"{peer_id} went back to step {record.epoch_step} in no epoch")
+    if record.node_id and not _PEER_ID.fullmatch(record.node_id):
+        raise RecordInvalid(f"{peer_id} names a machine by what is no peer id")
+    kept = list(record.kept_stages)
+    if len(kept) > MAX_KEPT_STAGES or any(later <= earlier for earlier, later in itertools.pairwise(kept)):
+        raise RecordInvalid(f"{peer_id} keeps stages that are too many or out of order")
+    if record.stand_in and record.node_id in ("", record.peer_id):
+        raise RecordInvalid(f"{peer_id} stands in, but is the only peer of its machine")
     numbers = (
         record.throughput,
         record.compute_share,
@@ -152,6 +187,7 @@ def check_values(record: records_pb2.PeerRecord, peer_id: str) -> None:
         record.round_trip_seconds,
         record.link_bytes_per_second,
         record.reserved_at,
+        record.claimed_at,
     )
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise RecordInvalid(f"{peer_id} names a rate or time that is not a number of 0 or more")

@@ -106,11 +106,15 @@ def claims_of(snapshot: DirectorySnapshot, *, now: float) -> dict[str, PeerEntry
 def counted(snapshot: DirectorySnapshot, claims: Mapping[str, PeerEntry], *, now: float) -> Iterator[PeerEntry]:
     """The entries that bring capacity, each peer's once: one that has reserved a place counts there alone.
 
+    Stand-ins bring none: they leave as soon as others come, and others should come to where they are.
+
     Args:
         claims: the reservations that are taken for serious; those of others are passed over.
     """
     for entry in _live(snapshot, now):
         claim = claims.get(entry.peer_id)
+        if entry.stand_in:
+            continue
         if entry is claim or (claim is None and entry.state in (SERVING, COMPLETE)):
             yield entry
 

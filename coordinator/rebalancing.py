@@ -47,7 +47,7 @@ class Policy:
     """The same where it takes two peers to change places, which slows the swarm down until both have arrived."""
     cool_down: timedelta = timedelta(minutes=5)
     """For how long a peer stays where it has gone, at least; some stay up to half as long again. It does not hold while
-    a stage has nobody: the whole swarm stands still then."""
+    a stage has nobody, or only stand-ins: the whole swarm stands still then, or waits for an overloaded machine."""
     turn: timedelta = timedelta(seconds=30)
     """For how long the same peers are named. Those who cannot move, which others cannot know, block nobody longer."""
     share_at_once: float = 0.01

@@ -12,6 +12,7 @@ from node import resident
 from node.config import RunConfig, load_toml
 from node.data import load_corpus
 from node.errors import NodeError
+from node.folders import BESIDE
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid
 from stage_server.grpc_links import GrpcDialer
@@ -79,6 +80,12 @@ def stage_with_state(state_folder: Path, run_id: str) -> int | None:
     ]
     newest = max(folders, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else _stage_of(newest)
+
+
+def stages_kept_beside(state_folder: Path, run_id: str) -> tuple[int, ...]:
+    """Stages of this run that workers beside the first one have left checkpoints of, ascending."""
+    steps = state_folder.glob(f"{BESIDE}*/{run_id}/stage-*/step-*")
+    return tuple(sorted({stage for step in steps if (stage := _stage_of(step.parent)) is not None}))
 
 
 def _stage_of(folder: Path) -> int | None:

@@ -185,6 +185,7 @@ class Demo:
     def _join_command(self, name: str, ticket: str) -> list[str]:
         options = {
             "--stage": "auto",
+            "--max-stages": 1,  # a peer for each stage is on its way
             "--state-dir": self.folder / name,
             "--host": self.place.address(name),
             "--metrics-port": 0,

@@ -38,6 +38,16 @@ class EventInvalid(ValueError):
         self.why = why
 
 
+class Beside(Frozen):
+    """What a further worker of a machine knows from the first one."""
+
+    node_id: str = Field(description="peer id of the first worker")
+    throughput: float = Field(gt=0, description="microbatches per second that the first one measured")
+    stand_in: bool = Field(description="it leaves when somebody else serves the stage; else a person wanted it there")
+    claimed_at: float = Field(0.0, ge=0, description="Unix time of the claim taken over with the place; 0: none")
+    bootstrap: tuple[str, ...] = Field((), description="the first one's directory: a way in when the ticket's are gone")
+
+
 class WorkerSpec(Frozen):
     """All a worker process is told: the one line on its stdin."""
 
@@ -45,6 +55,11 @@ class WorkerSpec(Frozen):
     state_folder: Path = Field(description="checkpoints and logs; locked by the supervisor")
     identity_file: Path = Field(description="Ed25519 key of this peer")
     stage: int | None = Field(None, ge=0, description="stage to serve; None: the swarm's need decides")
+    also: tuple[int, ...] = Field((), description="further stages to serve, each with a worker beside this one")
+    max_stages: int = Field(1, ge=0, description="stages to serve at most while nobody else does; 0: as many as fit")
+    cover_after_seconds: float = Field(15.0, ge=0, description="a stage that nobody serves is left alone for so long")
+    num_beside: int = Field(0, ge=0, description="workers that run beside the first one when it starts")
+    beside: Beside | None = Field(None, description="None: this is the machine's first worker")
     host: str = Field("0.0.0.0", description="address to listen on")
     announce: str = Field("", description="address that other peers dial; empty: found out")
     port: int = Field(0, ge=0, lt=65536, description="port of the stage service; 0: any")
@@ -64,6 +79,7 @@ class Check(Frozen):
     verdict: Literal["ok", "warn", "failed"]
     seconds: float = Field(ge=0)
     detail: str
+    stage: int | None = Field(None, description="of a worker beside the machine's first one: its stage")
 
 
 class Assigned(Frozen):
@@ -86,6 +102,31 @@ class Live(Frozen):
     committed_step: int
     run: str = Field(description="name of the run")
     steps: int = Field(description="steps of the run")
+
+
+class Coverage(Frozen):
+    """Which stages nobody serves, told whenever that changes. The run is paused until somebody does."""
+
+    event: Literal["coverage"] = "coverage"
+    unserved: tuple[int, ...]
+    detail: str = Field(description="in words for people; empty when every stage is served")
+
+
+class Cover(Frozen):
+    """The first worker asks for one more worker, for a stage beside its own."""
+
+    event: Literal["cover"] = "cover"
+    stage: int = Field(ge=0)
+    reason: str
+    beside: Beside
+
+
+class Relieved(Frozen):
+    """A stand-in leaves its stage to another peer, which serves it by now."""
+
+    event: Literal["relieved"] = "relieved"
+    stage: int
+    peer_id: str = Field(description="the other peer")
 
 
 class LinkTraffic(Frozen):
@@ -202,6 +243,7 @@ class Error(Frozen):
     code: int
     cause: str
     remedy: str
+    stage: int | None = Field(None, description="of a worker beside the machine's first one: its stage")
 
 
 class Worker(Frozen):
@@ -212,6 +254,7 @@ class Worker(Frozen):
     pid: int
     detail: str
     in_seconds: float = Field(0.0, ge=0, description="restarting: when")
+    stage: int | None = Field(None, description="of a worker beside the machine's first one: its stage")
 
 
 class TicketPrinted(Frozen):
@@ -262,6 +305,9 @@ Event = Annotated[
     Check
     | Assigned
     | Live
+    | Coverage
+    | Cover
+    | Relieved
     | StageStep
     | Evaluation
     | Checkpoint

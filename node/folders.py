@@ -1,9 +1,12 @@
-"""Where files go when nobody says otherwise: the XDG base folders."""
+"""Where files go: the XDG base folders when nobody says otherwise, and a folder for each worker."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+BESIDE = "beside-"
+"""Leads the names of `beside_folder`s."""
 
 
 def state_folder() -> Path:
@@ -14,6 +17,11 @@ def state_folder() -> Path:
 def cache_folder() -> Path:
     """What can be made again, such as encoded text: $XDG_CACHE_HOME/resbm-node, or ~/.cache/resbm-node."""
     return _base("XDG_CACHE_HOME", ".cache") / "resbm-node"
+
+
+def beside_folder(state_folder: Path, stage: int) -> Path:
+    """In a node's state folder, that of the worker that serves a stage beside the first one."""
+    return state_folder / f"{BESIDE}{stage}"
 
 
 def _base(variable: str, fallback: str) -> Path:

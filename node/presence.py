@@ -109,8 +109,8 @@ class Presence:
             epoch=epoch.number,
             epoch_step=epoch.step,
             checkpoints=self._shared.checkpoints(),
-            kept_stage=kept[0] if kept else None,
-            kept_step=kept[1] if kept else 0,
+            copied_stage=kept[0] if kept else None,
+            copied_step=kept[1] if kept else 0,
         )
 
     def _throughput(self) -> float:

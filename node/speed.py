@@ -38,6 +38,11 @@ class Speed:
         """By stage: whether this machine has the memory for it."""
         return tuple(needed <= self.available_bytes for needed in self.stage_bytes)
 
+    @property
+    def num_stages(self) -> int:
+        """How many stages fit at once, each with a process of its own."""
+        return self.available_bytes // max(self.stage_bytes)
+
 
 def measure(config: StageConfig, device: str, activation_budget_bytes: int = 1 << 30) -> Speed:
     """Trains a microbatch of noise on the last stage, which every run has, and scales by nothing: stages are alike."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from resbm_pb import stage_pb2
 from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging
 from coordinator.averaging_launch import Launcher
-from coordinator.directory import RESERVED, PeerEntry
+from coordinator.directory import MAX_KEPT_STAGES, RESERVED, PeerEntry
 from coordinator.epochs import FIRST, Epoch, epoch_of, newest_epoch
 from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
 from coordinator.rebalancing import Move
@@ -27,11 +27,20 @@ from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
 from node import speed
 from node.addresses import announced_host
-from node.assembly import StageParts, build_stage, common_steps, recall_run, remember_run, stage_with_state
+from node.assembly import (
+    StageParts,
+    build_stage,
+    common_steps,
+    recall_run,
+    remember_run,
+    stage_with_state,
+    stages_kept_beside,
+)
 from node.config import RunConfig, load_toml
+from node.covering import Covering, Room, policy_of, until_relieved
 from node.custody import Custodian, restore
 from node.epochs import EpochBegins, EpochWatch, enter_epoch, epoch_after_restoring, recall_epoch
-from node.events import Assigned, Live, Rewind, WorkerSpec, emit
+from node.events import Assigned, Live, Relieved, Rewind, WorkerSpec, emit
 from node.join_steps import JoinSteps
 from node.metrics import NodeInfo, WorkerMetrics
 from node.metrics_server import MetricsServer
@@ -80,6 +89,7 @@ class StageNode:
         self._reporter: EventReporter | None = None
         self._machine: MachineProfile | None = None
         self._moving: Move | None = None
+        self._room = Room()
         self._asked_to_drain = asyncio.Event()
 
     def drain(self) -> None:
@@ -156,28 +166,54 @@ class StageNode:
 
     async def _settle(self, config: RunConfig, endpoint: str) -> PeerEntry:
         with self._steps.step("speed") as note:
-            measured = await asyncio.to_thread(speed.measure, config, self._device, self._spec.activation_budget_bytes)
-            note(f"{measured.throughput:.1f} microbatches/s on one stage")
+            machine, capacity = await self._measure(config, note)
+        shared, beside = config.replicas.max_replicas is None, self._spec.beside
+        also = self._spec.also[: capacity - 1]
+        self._room = Room(also, stands_in=shared and capacity > 1 and self._spec.stage is None)
         entry = PeerEntry(
             run_id=config.run_id,
             stage=0,
             peer_id=self._peer_id,
             endpoints=(endpoint,),
             state=RESERVED,
-            throughput=measured.throughput,
+            throughput=machine.throughput,
             reserved_at=time.time(),
             software_version=__version__,
             bootstrap=tuple(self._swarm.addresses()),
+            node_id=beside.node_id if beside else "",
+            stand_in=beside.stand_in if beside else False,
+            claimed_at=beside.claimed_at if beside else 0.0,
+            max_stages=capacity if self._room.stands_in else 1,
+            kept_stages=stages_kept_beside(self._spec.state_folder, config.run_id)[:MAX_KEPT_STAGES],
         )
         with self._steps.step("stage") as note:
-            place = await self._take_place(config, entry, measured)
+            place = await self._take_place(config, entry, machine)
             note(place.reason)
         emit(Assigned(stage=place.stage, num_stages=config.stages, reason=place.reason))
-        throughput = self._require_machine().rates[place.stage]
+        throughput = machine.rates[place.stage]
         return replace(entry, stage=place.stage, reserved_at=place.reserved_at, throughput=throughput)
 
-    async def _take_place(self, config: RunConfig, entry: PeerEntry, measured: speed.Speed) -> Place:
+    async def _measure(self, config: RunConfig, note: Callable[[str], None]) -> tuple[MachineProfile, int]:
+        """What the machine is to this worker, and how many stages it would serve. Only its first worker measures."""
+        spec = self._spec
+        if spec.beside is not None:
+            note(f"{spec.beside.throughput:.1f} microbatches/s, as measured before")
+            return MachineProfile(self._peer_id, spec.beside.throughput, (True,) * config.stages), 1
+        measured = await asyncio.to_thread(speed.measure, config, self._device, spec.activation_budget_bytes)
+        room = max(1, measured.num_stages + spec.num_beside)
+        left_out = spec.also[room - 1 :]
+        may_share = config.replicas.max_replicas is None
+        wanted = (spec.max_stages or config.stages) if may_share else 1
+        words = f"{measured.throughput:.1f} microbatches/s on one stage"
+        if left_out:
+            words = f"! {words}; no memory for stage {', '.join(map(str, left_out))}"
+        elif wanted > 1 or spec.also:
+            words = f"{words}, memory for {min(room, config.stages)} of {config.stages}"
+        note(words)
         machine = MachineProfile(self._peer_id, measured.throughput, measured.fits)
+        return machine, min(room, len(spec.also) + 1 if spec.also else wanted)
+
+    async def _take_place(self, config: RunConfig, entry: PeerEntry, machine: MachineProfile) -> Place:
         asked = self._spec.stage
         self._machine = machine
         moved = recall_move(self._spec.state_folder / config.run_id)
@@ -248,9 +284,14 @@ class StageNode:
         metrics.observe(live)
         emit(live)
         others = [keep_sampling(self._peer, links, metrics, folder)]
+        if self._spec.beside is None:
+            policy = policy_of(self._spec.cover_after_seconds)
+            others.append(Covering(self._swarm, entry, config.stages, room=self._room, tell=emit, policy=policy).run())
         if shared is not None:
             group = shared.group
             others += [group.run(), shared.custodian.keep(epoch)]
+            if entry.stand_in:
+                others.append(self._stand_in(entry, config.stages, group))
             if self._spec.stage is None:
                 run_folder = folder / config.run_id
                 mover = Mover(
@@ -386,6 +427,14 @@ class StageNode:
         """Leaves in good order once this peer is needed more elsewhere; `run` raises MovedAway then."""
         self._moving = await mover.wanted()
         log.info("moving: %s", self._moving.reason)
+        self._drain_peer()
+        await asyncio.Event().wait()  # until the peer has left
+
+    async def _stand_in(self, entry: PeerEntry, num_stages: int, group: ReplicaGroup) -> None:
+        """Leaves in good order, and for good, once somebody else serves the stage."""
+        relief = await until_relieved(self._swarm, entry, num_stages, group)
+        log.info("relieved by %s", relief)
+        emit(Relieved(stage=entry.stage, peer_id=relief))
         self._drain_peer()
         await asyncio.Event().wait()  # until the peer has left
 

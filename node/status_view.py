@@ -9,8 +9,8 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from coordinator.directory import DirectorySnapshot, PeerEntry
-from node.swarm_view import SwarmView
+from coordinator.directory import SERVING, DirectorySnapshot, PeerEntry
+from node.swarm_view import SwarmView, pause, unserved
 from node.ui import short_bytes, short_count
 
 
@@ -21,6 +21,8 @@ def as_json(snapshot: DirectorySnapshot, name: str, steps: int) -> dict[str, Any
             "stage": entry.stage,
             "peer_id": entry.peer_id,
             "state": state_name(entry),
+            "node_id": entry.node,
+            "stand_in": entry.stand_in,
             "endpoints": list(entry.endpoints),
             "committed_step": entry.committed_step,
             "durable_step": entry.durable_step,
@@ -43,7 +45,8 @@ def as_json(snapshot: DirectorySnapshot, name: str, steps: int) -> dict[str, Any
         "name": name,
         "num_stages": snapshot.num_stages,
         "steps": steps,
-        "unserved_stages": unserved(snapshot),
+        "unserved_stages": list(unserved(snapshot)),
+        "paused": pause(snapshot) or None,
         "refused_records": snapshot.num_refused,
         "swarm": _swarm_json(SwarmView.of(snapshot)),
         "peers": peers,
@@ -64,8 +67,7 @@ def _swarm_json(view: SwarmView) -> dict[str, Any]:
 
 def as_table(snapshot: DirectorySnapshot, name: str, steps: int) -> RenderableType:
     """One view, for people."""
-    missing = ", ".join(map(str, unserved(snapshot)))
-    caption = f"nobody serves stage {missing}" if missing else "every stage is served"
+    caption = pause(snapshot) or "every stage is served"
     title = f"run {name} ({snapshot.run_id})\n{summary(SwarmView.of(snapshot), steps)}"
     table = Table(title=title, caption=caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column, justify in _COLUMNS:
@@ -112,7 +114,7 @@ def _row(entry: PeerEntry, steps: int) -> tuple[str, ...]:
     return (
         str(entry.stage),
         f"{entry.peer_id[:8]}..{entry.peer_id[-6:]}",
-        state_name(entry),
+        "standing in" if entry.stand_in and entry.state == SERVING else state_name(entry),
         f"{entry.committed_step}/{steps}",
         "-" if entry.loss is None else f"{entry.loss:.3f}",
         short_count(entry.tokens_per_second),
@@ -133,8 +135,3 @@ def short_rate(bytes_per_second: float) -> str:
 def state_name(entry: PeerEntry) -> str:
     """'serving', from PEER_STATE_SERVING."""
     return records_pb2.PeerState.Name(entry.state).removeprefix("PEER_STATE_").lower()
-
-
-def unserved(snapshot: DirectorySnapshot) -> list[int]:
-    """Stages without a peer."""
-    return [stage for stage in range(snapshot.num_stages) if not snapshot.at(stage)]

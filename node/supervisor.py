@@ -1,80 +1,36 @@
-"""Keeps one worker process serving: starts it, restarts it with back-off, drains it, and leaves no process behind.
+"""Keeps a machine's workers serving: the first one, and one more for each further stage; leaves no process behind.
 
-Knows neither torch nor hivemind: it must stay small and alive whatever happens in the worker.
+Which stages those are the first worker finds out (`Cover` events): it sees the directory. Knows neither torch nor
+hivemind: it must stay small and alive whatever happens in the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import fcntl
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from node.errors import StateFolderBusy, WorkerCrashed
-from node.events import (
-    EXIT_DONE,
-    EXIT_REFUSED,
-    EXIT_RESTART,
-    Error,
-    Event,
-    Worker,
-    WorkerSpec,
-)
-from node.pipes import forward_events, reading_stdout
-from node.processes import BoundedLog, become_subreaper, describe_exit, kill_tree, start_child, sweep_orphans
-from node.scratch import scratch_folder
+from node.cores import threads_of_a_stage
+from node.errors import NodeError, StateFolderBusy, WorkerCrashed
+from node.events import Check, Cover, Error, Event, Worker, WorkerSpec
+from node.folders import beside_folder
+from node.keeper import DRAIN_TIMEOUT, WORKER_COMMAND, BackOff, Ended, Habits, Household, Keeper, Outcome
+from node.processes import become_subreaper
 
-WORKER_COMMAND = (sys.executable, "-m", "node.worker")
-DRAIN_TIMEOUT = timedelta(seconds=20)
-_POLL_SECONDS = 0.05
-_LAST_WORDS_SECONDS = 2.0
+AFTER_FAILURE = timedelta(minutes=5)
+"""How long a stage is left alone whose worker was refused, or crashed too often."""
 
-
-@dataclass(frozen=True, slots=True)
-class BackOff:
-    """How long to wait after each crash. A value: `after` gives the next one.
-
-    The n-th crash in a row waits first * factor^(n-1), at most `longest`, less a random share of up to `jitter`, so
-    that peers felled by one cause do not come back in step. A worker that lived `healthy` starts a new row.
-    """
-
-    first: timedelta = timedelta(seconds=1)
-    factor: float = 2.0
-    longest: timedelta = timedelta(seconds=30)
-    jitter: float = 0.5
-    healthy: timedelta = timedelta(minutes=1)
-    give_up_after: int = 6
-    free_restarts: int = 20
-    crashes: int = 0
-    restarts: int = 0
-
-    def after(
-        self, lived: timedelta, *, asked: bool = False, chance: Callable[[], float] = random.random
-    ) -> tuple[BackOff, timedelta | None]:
-        """The next state and the wait, or None: give up. `asked`: the worker wanted to be restarted, at once.
-
-        A worker that asks over and over within its first minute is taken for a crashing one.
-        """
-        start = replace(self, crashes=0, restarts=0) if lived >= self.healthy else self
-        if asked and start.restarts < self.free_restarts:
-            return replace(start, restarts=start.restarts + 1), timedelta(0)
-        crashed = replace(start, crashes=start.crashes + 1)
-        if crashed.crashes >= self.give_up_after:
-            return crashed, None
-        longest = min(self.longest, self.first * self.factor ** (crashed.crashes - 1))
-        return crashed, longest * (1.0 - self.jitter * chance())
+PORT_STRIDE = 10
+"""With --port P the worker for stage s, beside the first, listens at P + 10 (s + 1)."""
 
 
 @contextlib.contextmanager
@@ -95,49 +51,38 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-class Outcome(enum.Enum):
-    """How a supervisor's life ended."""
-
-    COMPLETE = "complete"  # the worker finished by itself
-    DRAINED = "drained"  # asked to stop, and it left in good order
-    KILLED = "killed"  # asked to stop, and it had to be forced
-    REFUSED = "refused"  # the worker said why it will not work, see `error`
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    outcome: Outcome
-    error: Error | None = None
-
-
 class Supervisor:
-    """Runs workers, one after another, until the run is complete, refused, or someone asks to stop."""
+    """Runs a machine's workers until the first one ends for good, or someone asks to stop."""
 
     def __init__(
         self,
         spec: WorkerSpec,
         on_event: Callable[[Event], None],
         *,
+        on_beside: Callable[[int, Event], None] | None = None,
         command: Sequence[str] = WORKER_COMMAND,
         drain_timeout: timedelta = DRAIN_TIMEOUT,
         back_off: BackOff | None = None,
     ) -> None:
-        self.log = BoundedLog(spec.state_folder / "worker.log")
+        """`on_beside`: who is told, with the stage, what the workers beside the first one say; default: the same."""
         self._spec = spec
         self._on_event = on_event
-        self._command = command
-        self._drain_timeout = drain_timeout
-        self._back_off = back_off or BackOff()
+        self._on_beside = on_beside or (lambda _, event: self._on_event(event))
+        self._household = Household()
+        self._habits = Habits(command, drain_timeout, back_off or BackOff())
+        self._first = self._keeper(spec.state_folder, self._first_spec, self._heard)
+        self._beside: dict[int, Keeper] = {}
+        self._not_before: dict[int, float] = {}  # by stage, monotonic seconds
+        self._ends: list[Outcome] = []  # of workers beside the first
+        self._group: asyncio.TaskGroup | None = None
         self._stops = 0
-        self._stopping = asyncio.Event()
-        self._forced = False
-        self._error: Error | None = None
-        self._not_ours: frozenset[int] = frozenset()
+        self.log = self._first.log
 
     def stop(self) -> None:
         """Once: drain. Twice: kill. Safe from a signal handler of the loop."""
         self._stops += 1
-        self._stopping.set()
+        for keeper in (self._first, *self._beside.values()):
+            keeper.stop()
 
     async def run(self) -> Ended:
         """Supervises until the end. Call in the main thread: workers die with the thread that started them.
@@ -145,107 +90,94 @@ class Supervisor:
         Raises StateFolderBusy, WorkerCrashed (too often in a short time), OSError (the worker cannot be started).
         """
         become_subreaper()
-        self._not_ours = frozenset(child.pid for child in psutil.Process().children())
+        self._household.strangers = frozenset(child.pid for child in psutil.Process().children())
         with locked_folder(self._spec.state_folder), stop_on_signals(self.stop):
             return await self._supervise()
 
     async def _supervise(self) -> Ended:
-        back_off = self._back_off
-        while True:
-            started = time.monotonic()
-            with scratch_folder() as scratch:
-                pid, code = await self._one_life(scratch)
-            self._on_event(Worker(state="exited", pid=pid, detail=describe_exit(code)))
-            if code == EXIT_DONE:
-                return Ended(Outcome.DRAINED if self._stops else Outcome.COMPLETE)
-            if self._stops:
-                return Ended(Outcome.KILLED if self._forced else Outcome.DRAINED)
-            if code == EXIT_REFUSED:
-                return Ended(Outcome.REFUSED, self._error)
-            lived = timedelta(seconds=time.monotonic() - started)
-            back_off, wait = back_off.after(lived, asked=code == EXIT_RESTART)
-            if wait is None:
-                raise WorkerCrashed(self._obituary(back_off.crashes, code))
-            seconds = wait.total_seconds()
-            self._on_event(Worker(state="restarting", pid=pid, detail=describe_exit(code), in_seconds=seconds))
-            await self._pause(seconds)
-            if self._stops:
-                return Ended(Outcome.DRAINED)
+        """The machine leaves as a whole: when the first worker is gone, the others drain."""
+        failure: NodeError | OSError | None = None
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                ended = await self._first.run()
+            except (NodeError, OSError) as error:
+                failure = error
+            self._group = None
+            if not self._stops:
+                self.stop()
+        if failure is not None:
+            raise failure
+        killed = ended.outcome is Outcome.DRAINED and Outcome.KILLED in self._ends
+        return Ended(Outcome.KILLED) if killed else ended
 
-    async def _one_life(self, scratch: Path) -> tuple[int, int]:
-        """Starts a worker and stays with it. Returns its pid and return code; nothing of its tree is left."""
-        environment = {"GRPC_ENABLE_FORK_SUPPORT": "0", "TMPDIR": str(scratch)}
-        child = start_child(self._command, log=self.log, stdin=True, environment=environment)
-        try:
-            self._on_event(Worker(state="started", pid=child.pid, detail=f"log: {self.log.path}"))
-            async with reading_stdout(child) as reader:
-                listening = asyncio.create_task(forward_events(reader, self._heard, self._logged))
-                try:
-                    self._send_spec(child)
-                    code = await self._until_exit(child, listening)
-                    self._sweep(child)  # also lets go of the pipe, so that its end is seen
-                    await asyncio.wait([listening], timeout=_LAST_WORDS_SECONDS)
-                    if listening.done():
-                        listening.result()
-                    return child.pid, code
-                finally:
-                    listening.cancel()
-                    await asyncio.gather(listening, return_exceptions=True)
-        finally:
-            self._sweep(child)
+    def _keeper(self, folder: Path, spec: Callable[[], WorkerSpec], on_event: Callable[[Event], None]) -> Keeper:
+        return Keeper(folder, spec, on_event, self._household, self._habits)
 
-    def _send_spec(self, child: subprocess.Popen[bytes]) -> None:
-        """A worker that is dead already is seen by whoever waits for it."""
-        assert child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(self._spec.model_dump_json().encode() + b"\n")
-            child.stdin.flush()
+    def _first_spec(self) -> WorkerSpec:
+        return self._spec.model_copy(update={"num_beside": len(self._beside)})
 
     def _heard(self, event: Event) -> None:
-        if isinstance(event, Error):
-            self._error = event
         self._on_event(event)
+        if isinstance(event, Cover):
+            self._cover(event)
 
-    def _logged(self, text: str) -> None:
-        self.log.write(f"supervisor: {text}")
+    # -- beside the first worker --------------------------------------------------------------------------------
 
-    async def _until_exit(self, child: subprocess.Popen[bytes], listening: asyncio.Task[None]) -> int:
-        """Polls, which works everywhere and needs no child watcher; drains and kills when asked to."""
-        kill_at: float | None = None
-        while (code := child.poll()) is None:
-            if self._stops and kill_at is None:
-                child.terminate()
-                kill_at = time.monotonic() + self._drain_timeout.total_seconds()
-            late = kill_at is not None and time.monotonic() >= kill_at
-            if not self._forced and (self._stops > 1 or late):
-                self._forced = True
-                kill_tree(child.pid)
-            if listening.done() and (error := listening.exception()):
-                raise error
-            self.log.trim()
-            await asyncio.sleep(_POLL_SECONDS)
-        return code
+    def _cover(self, cover: Cover) -> None:
+        """One more worker, unless there is one, or was one that failed just now."""
+        stage = cover.stage
+        pause = time.monotonic() < self._not_before.get(stage, 0.0)
+        if self._group is None or self._stops or stage in self._beside or pause:
+            return
+        spec = _beside_spec(self._spec, cover, num_workers=2 + len(self._beside))
+        keeper = self._keeper(spec.state_folder, lambda: spec, partial(self._heard_beside, stage))
+        self._beside[stage] = keeper
+        self._group.create_task(self._keep_beside(stage, keeper))
 
-    def _sweep(self, child: subprocess.Popen[bytes]) -> None:
-        """Whatever happened: the worker and all that it started are gone and reaped."""
-        if child.poll() is None:
-            kill_tree(child.pid)
-            child.wait()
-        if child.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
-        if names := sweep_orphans(keep=self._not_ours):
-            self._logged(f"ended what the worker left behind: {', '.join(names)}")
+    async def _keep_beside(self, stage: int, keeper: Keeper) -> None:
+        """Until it has left, or failed: that costs this stage, not the others."""
+        try:
+            ended = await keeper.run()
+            self._ends.append(ended.outcome)
+            failed = ended.outcome is Outcome.REFUSED
+        except (NodeError, OSError) as error:
+            failed = True
+            crash = error if isinstance(error, NodeError) else WorkerCrashed(f"the worker is not started: {error}")
+            self._heard_beside(stage, Error(code=int(crash.code), cause=crash.cause, remedy=crash.remedy))
+        finally:
+            del self._beside[stage]
+        if failed:
+            self._not_before[stage] = time.monotonic() + AFTER_FAILURE.total_seconds()
 
-    async def _pause(self, seconds: float) -> None:
-        """Or until someone asks to stop."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+    def _heard_beside(self, stage: int, event: Event) -> None:
+        if isinstance(event, Check | Worker | Error):  # those that do not name a stage themselves
+            event = event.model_copy(update={"stage": stage})
+        self._on_beside(stage, event)
 
-    def _obituary(self, crashes: int, code: int) -> str:
-        lines = [line for line in self.log.tail(20) if line.strip()]
-        last = f"; last line: {lines[-1].strip()}" if lines else ""
-        return f"the worker died {crashes} times in a row ({describe_exit(code)}); log: {self.log.path}{last}"
+
+def _beside_spec(first: WorkerSpec, cover: Cover, num_workers: int) -> WorkerSpec:
+    """What a worker beside the first one is told: it has an identity, a folder, ports and threads of its own."""
+    folder = beside_folder(first.state_folder, cover.stage)
+    changes = {
+        "state_folder": folder,
+        "identity_file": folder / "identity.key",
+        "stage": cover.stage,
+        "also": (),
+        "max_stages": 1,
+        "beside": cover.beside,
+        "port": _port_beside(first.port, cover.stage),
+        "dht_port": _port_beside(first.dht_port, cover.stage),
+        "metrics_port": None if first.metrics_port is None else _port_beside(first.metrics_port, cover.stage),
+        "threads": first.threads or threads_of_a_stage(num_workers),
+    }
+    return first.model_copy(update=changes)
+
+
+def _port_beside(port: int, stage: int) -> int:
+    """Of the worker for that stage, so that a person can open it in a firewall; 0 (any) stays 0."""
+    beside = port + PORT_STRIDE * (stage + 1) if port else 0
+    return beside if beside < 65536 else 0
 
 
 @contextlib.contextmanager

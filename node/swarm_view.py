@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
+from coordinator.directory import COMPLETE, RESERVED, SERVING, DirectorySnapshot, PeerEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,29 @@ class SwarmView:
         """The weakest stage."""
         stages = range(len(self.stage_throughput))
         return min(stages, key=lambda stage: self.stage_throughput[stage], default=None)
+
+
+def unserved(snapshot: DirectorySnapshot) -> tuple[int, ...]:
+    """Stages that nobody serves: the run stands still until somebody does."""
+    return tuple(stage for stage, replicas in enumerate(SwarmView.of(snapshot).replicas) if replicas == 0)
+
+
+def pause(snapshot: DirectorySnapshot) -> str:
+    """Why the run stands still, in words for people; empty when every stage is served."""
+    empty = unserved(snapshot)
+    loading = [stage for stage in empty if any(entry.state == RESERVED for entry in snapshot.at(stage))]
+    nobody = [stage for stage in empty if stage not in loading]
+    if nobody:
+        return f"paused: nobody serves {_stages(nobody)}; it resumes by itself when somebody joins"
+    if loading:
+        return f"paused: {_stages(loading)} {'has' if len(loading) == 1 else 'have'} a peer that does not serve yet"
+    return ""
+
+
+def _stages(numbers: Sequence[int]) -> str:
+    """'stage 2', 'stages 0 and 2', 'stages 0, 1 and 2'."""
+    *most, last = map(str, numbers)
+    return f"stages {', '.join(most)} and {last}" if most else f"stage {last}"
 
 
 def contribution(snapshot: DirectorySnapshot, peer_id: str) -> float:

@@ -18,11 +18,14 @@ from node.events import (
     Assigned,
     Check,
     Complete,
+    Cover,
+    Coverage,
     Error,
     Evaluation,
     Event,
     Link,
     Live,
+    Relieved,
     Rewind,
     StageStep,
     StateTransfer,
@@ -88,6 +91,10 @@ class Contribution:
     dense_bytes: int = 0
     wire_bytes: int = 0
     links: dict[str, bool] = field(default_factory=dict)
+    beside: tuple[int, ...] = ()
+    """Further stages that this machine serves."""
+    paused: str = ""
+    """Why the whole run stands still."""
     trouble: str = ""
     transfer: StateTransfer | None = None
     live: bool = False
@@ -107,12 +114,24 @@ class Contribution:
                 after = replace(self, transfer=event)
             case Link():
                 after = replace(self, links={**self.links, event.side: event.state == "open"})
+            case Coverage():
+                after = replace(self, paused=event.detail)
             case Complete():
                 after = replace(self, complete=True, step=event.step)
             case Worker(state="restarting"):
                 wait = f"in {event.in_seconds:.0f} s" if event.in_seconds >= 1 else "now"
                 after = replace(self, live=False, links={}, trouble=f"worker {event.detail}, restarts {wait}")
         return after
+
+    def observe_beside(self, stage: int, event: Event) -> Contribution:
+        """Of a worker beside the first one."""
+        others = tuple(other for other in self.beside if other != stage)
+        match event:
+            case Live():
+                return replace(self, beside=tuple(sorted((*others, stage))))
+            case Worker(state="exited"):
+                return replace(self, beside=others)
+        return self
 
     def _after_step(self, event: StageStep) -> Contribution:
         link = event.link
@@ -153,11 +172,17 @@ def verdict(state: Contribution) -> tuple[str, str]:
         return "red", state.trouble
     if not state.live or state.transfer is not None:
         return "yellow", "joining" if state.transfer is None else _on_its_way(state.transfer)
+    waiting = _waiting(state)
+    return ("yellow", waiting) if waiting else ("green", "contributing")
+
+
+def _waiting(state: Contribution) -> str:
+    """What keeps a live peer from contributing; empty when nothing does."""
+    if state.paused:
+        return state.paused
     if state.missing_links:
-        return "yellow", f"waiting for {' and '.join(state.missing_links)}"
-    if state.microbatches == 0:
-        return "yellow", "waiting for the first microbatch"
-    return "green", "contributing"
+        return f"waiting for {' and '.join(state.missing_links)}"
+    return "" if state.microbatches else "waiting for the first microbatch"
 
 
 def _on_its_way(transfer: StateTransfer) -> str:
@@ -174,6 +199,8 @@ def contribution_line(state: Contribution) -> str:
     parts = [f"[bold {style}]{words}[/]"]
     if state.stage is not None:
         parts.append(f"stage {state.stage}" + (f" of {state.num_stages}" if state.num_stages else ""))
+    if state.beside:
+        parts.append(f"standing in at {', '.join(map(str, state.beside))}")
     if state.steps:
         parts.append(f"step {state.step}/{state.steps}")
     if state.loss is not None:
@@ -215,6 +242,12 @@ def event_line(event: Event) -> str | None:
             line = f"     serving at {event.endpoint} as {event.peer_id}{metrics}"
         case Link(state="lost"):
             line = f"     [yellow]link {event.side} lost[/]: {escape(event.detail)}"
+        case Coverage(unserved=stages):
+            line = f"     [yellow]{escape(event.detail)}[/]" if stages else "     every stage is served"
+        case Cover():
+            line = f"     serving stage {event.stage} too: {escape(event.reason)}"
+        case Relieved():
+            line = f"     leaving stage {event.stage} to {event.peer_id}"
         case Evaluation():
             line = f"     validation loss {event.loss:.3f} after {event.step} steps"
         case Worker(state="restarting"):
@@ -229,10 +262,22 @@ def event_line(event: Event) -> str | None:
     return line
 
 
+def beside_line(stage: int, event: Event) -> str | None:
+    """The same of a worker beside the first one: less of it, and with its stage."""
+    match event:
+        case Live() | Worker(state="restarting") | Error():
+            line = event_line(event)
+            return None if line is None else f"     stage {stage}: {line.strip()}"
+        case Relieved():
+            return event_line(event)
+    return None
+
+
 class JoinDisplay(Protocol):
     """Where a joining peer's story is told."""
 
     def show(self, event: Event) -> None: ...
+    def show_beside(self, stage: int, event: Event) -> None: ...
     def close(self) -> None: ...
 
 
@@ -240,6 +285,9 @@ class JsonDisplay:
     """Every event as a JSON line on stdout, and nothing else."""
 
     def show(self, event: Event) -> None:
+        emit(event)
+
+    def show_beside(self, stage: int, event: Event) -> None:
         emit(event)
 
     def close(self) -> None:
@@ -261,6 +309,11 @@ class PlainDisplay:
         self._state = self._state.observe(event)
         if isinstance(event, StageStep | Link | Complete | StateTransfer):
             self._say()
+
+    def show_beside(self, stage: int, event: Event) -> None:
+        if (line := beside_line(stage, event)) is not None:
+            self._console.print(line)
+        self._state = self._state.observe_beside(stage, event)
 
     def _say(self) -> None:
         (_, words), now = verdict(self._state), self._clock()
@@ -294,6 +347,13 @@ class LiveDisplay:
         now = self._clock()
         if now - self._drawn_at >= _REDRAW_PERIOD_SECONDS or not isinstance(event, StageStep):
             self._drawn_at = now
+            self._live.update(contribution_line(self._state), refresh=True)
+
+    def show_beside(self, stage: int, event: Event) -> None:
+        if (line := beside_line(stage, event)) is not None:
+            self._console.print(line)
+        before, self._state = self._state, self._state.observe_beside(stage, event)
+        if self._state != before:
             self._live.update(contribution_line(self._state), refresh=True)
 
     def close(self) -> None:

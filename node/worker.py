@@ -89,7 +89,7 @@ def _run(spec: WorkerSpec, launcher: Launcher) -> int:
             listen_host=spec.host,
             announce_host=announced_host(spec.host, spec.announce),
             port=spec.dht_port,
-            bootstrap=ways_in(ticket.bootstrap, spec.state_folder),
+            bootstrap=ways_in([*ticket.bootstrap, *(spec.beside.bootstrap if spec.beside else ())], spec.state_folder),
             folder=spec.state_folder,
         )
         note(f"in the swarm through {len(ticket.bootstrap)} address(es)")

@@ -154,6 +154,12 @@ class ReplicaGroup:
         self._contacts.listed(endpoints)
         self._look()
 
+    def level(self) -> frozenset[str]:
+        """The other replicas that were heard lately, serve, and have committed all that this one has."""
+        committed = self._ledger.committed
+        heard = self._contacts.in_sight().items()
+        return frozenset(peer for peer, word in heard if word.serving and word.tally.committed >= committed)
+
     def _look(self) -> None:
         """Who takes part now; tells the agreement when that has changed."""
         self._contacts.forget_old()

@@ -45,7 +45,8 @@ import asyncio, sys
 from datetime import timedelta
 from pathlib import Path
 from node.events import WorkerSpec, emit
-from node.supervisor import BackOff, Supervisor
+from node.keeper import BackOff
+from node.supervisor import Supervisor
 folder = Path(sys.argv[1])
 spec = WorkerSpec(ticket="t", state_folder=folder, identity_file=folder / "identity")
 quick = BackOff(first=timedelta(milliseconds=10), give_up_after=2)
@@ -54,6 +55,14 @@ subject = Supervisor(spec, emit, command=command, drain_timeout=timedelta(second
 print(asyncio.run(subject.run()).outcome.name, file=sys.stderr)
 """
 SERVES = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); emit(Complete(stage=0, step=0)); time.sleep(300)"
+SERVES_TWO = (
+    """
+if spec.beside is None:
+    emit(Cover(stage=1, reason="", beside=Beside(node_id="me", throughput=1.0, stand_in=True)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(300)
+"""
+    + SERVES
+)
 IGNORES = SERVES.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN")
 
 
@@ -133,6 +142,15 @@ def test_a_signalled_supervisor_leaves_nobody(tmp_path: Path, mark: str, worker:
 def test_a_killed_supervisor_leaves_nobody(tmp_path: Path, mark: str, worker: str) -> None:
     supervisor = start_supervisor(worker, tmp_path, mark)
     read_until(supervisor, "complete")
+    supervisor.kill()
+    supervisor.communicate(timeout=30)
+    assert nobody_left(mark, seconds=10), marked(mark)
+
+
+def test_a_killed_supervisor_of_several_workers_leaves_nobody(tmp_path: Path, mark: str) -> None:
+    supervisor = start_supervisor(SERVES_TWO, tmp_path, mark)
+    read_until(supervisor, "complete")
+    assert len(marked(mark)) == 7  # supervisor, and two workers with child and grandchild
     supervisor.kill()
     supervisor.communicate(timeout=30)
     assert nobody_left(mark, seconds=10), marked(mark)

@@ -90,6 +90,11 @@ def test_two_replicas_a_stage_train_as_one_process(tmp_path: Path) -> None:
             await swarm.join(stage)
         await swarm.until_complete(90)
         check(swarm)
+        for stage in (0, 1):  # each hears that the other one stands where it stands
+            one, other = swarm.of(stage)
+            async with asyncio.timeout(10):
+                while (one.group.level(), other.group.level()) != ({other.name}, {one.name}):  # noqa: ASYNC110 - told by words
+                    await asyncio.sleep(0.05)
 
     run(scenario, tiny(), tmp_path)
 

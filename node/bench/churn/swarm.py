@@ -63,8 +63,9 @@ class ChurnSwarm:
         """One more peer. `late`: the swarm runs already, so that the time it takes to take part is of interest."""
         self._number += 1
         name = peer_name(self._number)
-        command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--json", "--device", "cpu"]
-        command += ["--host", self._place.address(name), "--threads", "1", "--state-dir", str(self._folder / name)]
+        command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--max-stages", "1", "--json"]
+        command += ["--device", "cpu", "--host", self._place.address(name), "--threads", "1"]
+        command += ["--state-dir", str(self._folder / name)]
         self._peers[name] = Child(name, self._place.command(name, command), self._folder)
         self._started.append(self._peers[name])
         self._listen(name, self._peers[name])

@@ -123,8 +123,13 @@ class PeerRecord(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     EPOCH_STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
-    KEPT_STAGE_FIELD_NUMBER: _builtins.int
-    KEPT_STEP_FIELD_NUMBER: _builtins.int
+    COPIED_STAGE_FIELD_NUMBER: _builtins.int
+    COPIED_STEP_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    STAND_IN_FIELD_NUMBER: _builtins.int
+    MAX_STAGES_FIELD_NUMBER: _builtins.int
+    CLAIMED_AT_FIELD_NUMBER: _builtins.int
+    KEPT_STAGES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run (hex)."""
     stage: _builtins.int
@@ -163,12 +168,20 @@ class PeerRecord(_message.Message):
     """How often the run has gone back to an older step, as far as this peer knows: it speaks with peers of the same epoch."""
     epoch_step: _builtins.int
     """The step at which that epoch began: where the run went back to. 0 in the first epoch."""
-    kept_stage: _builtins.int
+    copied_stage: _builtins.int
     """Another stage of which it keeps a copy of a checkpoint, for the day when nobody serves that stage any more; absent
     when it keeps none.
     """
-    kept_step: _builtins.int
+    copied_step: _builtins.int
     """Step of that copy."""
+    node_id: _builtins.str
+    """Peer id of the first of several peers that one machine runs, a stage each; absent: this is it."""
+    stand_in: _builtins.bool
+    """Whether the peer serves its stage only because nobody else does: it leaves when somebody else serves."""
+    max_stages: _builtins.int
+    """How many stages the machine would serve at most, said by its first peer; 0 is 1."""
+    claimed_at: _builtins.float
+    """Unix time in seconds of the claim that a stand-in took over with its place; 0: its own, reserved_at."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses of the stage service, "host:port", best first."""
@@ -182,6 +195,10 @@ class PeerRecord(_message.Message):
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Steps of the checkpoints on its disk, ascending, at most 64."""
+
+    @_builtins.property
+    def kept_stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Stages that the machine holds checkpoints of, beside its first peer's own; said by that one. Ascending, each once."""
 
     def __init__(
         self,
@@ -208,23 +225,28 @@ class PeerRecord(_message.Message):
         epoch: _builtins.int = ...,
         epoch_step: _builtins.int = ...,
         checkpoints: _abc.Iterable[_builtins.int] | None = ...,
-        kept_stage: _builtins.int | None = ...,
-        kept_step: _builtins.int = ...,
+        copied_stage: _builtins.int | None = ...,
+        copied_step: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        stand_in: _builtins.bool = ...,
+        max_stages: _builtins.int = ...,
+        claimed_at: _builtins.float = ...,
+        kept_stages: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_kept_stage", b"_kept_stage", "_loss", b"_loss", "durable_step", b"durable_step", "kept_stage", b"kept_stage", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_copied_stage", b"_copied_stage", "_durable_step", b"_durable_step", "_loss", b"_loss", "copied_stage", b"copied_stage", "durable_step", b"durable_step", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step", "_kept_stage", b"_kept_stage", "_loss", b"_loss", "bootstrap", b"bootstrap", "checkpoints", b"checkpoints", "committed_step", b"committed_step", "compute_share", b"compute_share", "durable_step", b"durable_step", "endpoints", b"endpoints", "epoch", b"epoch", "epoch_step", b"epoch_step", "kept_stage", b"kept_stage", "kept_step", b"kept_step", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "microbatches", b"microbatches", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_copied_stage", b"_copied_stage", "_durable_step", b"_durable_step", "_loss", b"_loss", "bootstrap", b"bootstrap", "checkpoints", b"checkpoints", "claimed_at", b"claimed_at", "committed_step", b"committed_step", "compute_share", b"compute_share", "copied_stage", b"copied_stage", "copied_step", b"copied_step", "durable_step", b"durable_step", "endpoints", b"endpoints", "epoch", b"epoch", "epoch_step", b"epoch_step", "kept_stages", b"kept_stages", "link_bytes_per_second", b"link_bytes_per_second", "loss", b"loss", "max_stages", b"max_stages", "microbatches", b"microbatches", "node_id", b"node_id", "peer_id", b"peer_id", "queue_depth", b"queue_depth", "reserved_at", b"reserved_at", "round_trip_seconds", b"round_trip_seconds", "run_id", b"run_id", "software_version", b"software_version", "stage", b"stage", "stand_in", b"stand_in", "state", b"state", "throughput", b"throughput", "tokens_per_second", b"tokens_per_second", "wire_compression", b"wire_compression"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__copied_stage: _TypeAlias = _typing.Literal["copied_stage"]  # noqa: Y015
+    _WhichOneofArgType__copied_stage: _TypeAlias = _typing.Literal["_copied_stage", b"_copied_stage"]  # noqa: Y015
     _WhichOneofReturnType__durable_step: _TypeAlias = _typing.Literal["durable_step"]  # noqa: Y015
     _WhichOneofArgType__durable_step: _TypeAlias = _typing.Literal["_durable_step", b"_durable_step"]  # noqa: Y015
-    _WhichOneofReturnType__kept_stage: _TypeAlias = _typing.Literal["kept_stage"]  # noqa: Y015
-    _WhichOneofArgType__kept_stage: _TypeAlias = _typing.Literal["_kept_stage", b"_kept_stage"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__durable_step) -> _WhichOneofReturnType__durable_step | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__copied_stage) -> _WhichOneofReturnType__copied_stage | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_stage) -> _WhichOneofReturnType__kept_stage | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__durable_step) -> _WhichOneofReturnType__durable_step | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 

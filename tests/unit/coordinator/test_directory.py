@@ -37,6 +37,11 @@ ENTRY = PeerEntry(
     wire_compression=128.0,
     round_trip_seconds=0.2,
     link_bytes_per_second=1e7,
+    node_id=identity.peer_id_of(bytes(32)),
+    stand_in=True,
+    max_stages=4,
+    claimed_at=NOW - 60,
+    kept_stages=(0, 3),
     expires_at=NOW + 30,
 )
 
@@ -78,11 +83,27 @@ def test_round_trip_keeps_every_field() -> None:
         {"wire_compression": math.inf},
         {"round_trip_seconds": -0.1},
         {"link_bytes_per_second": math.nan},
+        {"claimed_at": -1.0},
+        {"kept_stages": (1, 1)},
+        {"kept_stages": (2, 1)},
+        {"kept_stages": tuple(range(257))},
+        {"node_id": "no peer id"},
+        {"node_id": "1" * 71},
+        {"node_id": ""},  # a stand-in is never the only peer of its machine
+        {"node_id": ME},
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecordInvalid):
         read(replace(ENTRY, **changes).to_record())
+
+
+def test_a_record_of_before_machines_served_several_stages_is_a_machine_of_its_own() -> None:
+    old = ENTRY.to_record()
+    for name in ("node_id", "stand_in", "max_stages", "claimed_at"):
+        old.ClearField(name)
+    entry = read(old)
+    assert (entry.node, entry.stand_in, entry.max_stages, entry.claim) == (ME, False, 1, ENTRY.reserved_at)
 
 
 def test_a_peer_speaks_for_itself_only() -> None:

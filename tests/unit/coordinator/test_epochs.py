@@ -134,11 +134,11 @@ def test_what_is_copied_is_the_newest_checkpoint_that_all_stages_keep() -> None:
 def test_the_newest_copy_is_found_wherever_it_is() -> None:
     snapshot = directory(
         3,
-        peer(0, "old", kept_stage=2, kept_step=10),
-        peer(0, "new", kept_stage=2, kept_step=20),
-        peer(1, "too", kept_stage=2, kept_step=20),
-        peer(1, "void", Epoch(1, 5), kept_stage=2, kept_step=30),
-        peer(1, "other", kept_stage=0, kept_step=40),
+        peer(0, "old", copied_stage=2, copied_step=10),
+        peer(0, "new", copied_stage=2, copied_step=20),
+        peer(1, "too", copied_stage=2, copied_step=20),
+        peer(1, "void", Epoch(1, 5), copied_stage=2, copied_step=30),
+        peer(1, "other", copied_stage=0, copied_step=40),
     )
     assert newest_copy(snapshot, FIRST, 2) == Source(2, 20, ("new:1", "too:1"))
     assert newest_copy(snapshot, FIRST, 1) is None

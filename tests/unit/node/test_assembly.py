@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from node.assembly import StageParts, build_stage, stage_folder, stage_with_state
+from node.assembly import StageParts, build_stage, stage_folder, stage_with_state, stages_kept_beside
 from node.config import RunConfig
 from node.errors import DataUnreadable
+from node.folders import beside_folder
 from node.unsplit import weights_digest
 from stage_server import checkpoint
 from stage_server.checkpoint import CheckpointStore
@@ -170,6 +171,16 @@ def test_a_folder_of_another_name_is_no_stage(tmp_path: Path) -> None:
 def test_a_stage_that_was_left_before_its_first_checkpoint_holds_nothing(tmp_path: Path) -> None:
     config = run()
     build(config, tmp_path)
+    assert stage_with_state(tmp_path, config.run_id) is None
+
+
+def test_what_workers_beside_the_first_one_have_left_is_known(tmp_path: Path) -> None:
+    config = run()
+    for stage in (1, 0):
+        store_of(config, beside_folder(tmp_path, stage), stage).save(0, {})
+    store_of(run(steps=5), beside_folder(tmp_path, 7), 7).save(0, {})  # of another run
+    build(config, beside_folder(tmp_path, 5))  # before its first checkpoint
+    assert stages_kept_beside(tmp_path, config.run_id) == (0, 1)
     assert stage_with_state(tmp_path, config.run_id) is None
 
 

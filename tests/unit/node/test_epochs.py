@@ -85,7 +85,7 @@ def test_a_run_is_not_begun_again_from_nothing_before_somebody_could_come_back()
 
 
 def test_a_peer_alone_in_its_stage_takes_a_newer_copy() -> None:
-    keeper = peer(0, "a", committed_step=27, kept_stage=1, kept_step=20)
+    keeper = peer(0, "a", committed_step=27, copied_stage=1, copied_step=20)
     with pytest.raises(CopyAtHand) as at_hand:
         watch(10).look(directory(keeper, peer(1, "me", committed_step=10)), serving=True)
     assert at_hand.value.to_step == 10

@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.events import (
+    Beside,
     Check,
     Complete,
+    Cover,
+    Coverage,
     Error,
     Event,
     EventInvalid,
@@ -46,9 +49,12 @@ stage_steps = st.builds(
 )
 checks = st.builds(Check, number=st.integers(1, 8), detail=st.text(), seconds=seconds)
 errors = st.builds(Error, code=st.integers(1, 999), cause=st.text(), remedy=st.text())
+rates = st.floats(1e-6, 1e6)
+covers = st.builds(Cover, stage=counts, beside=st.builds(Beside, throughput=rates, claimed_at=seconds))
+coverages = st.builds(Coverage, unserved=st.lists(counts).map(tuple))
 
 
-@given(stage_steps | checks | errors)
+@given(stage_steps | checks | errors | covers | coverages)
 def test_an_event_is_one_line_and_comes_back_equal_to_the_last_bit(event: Event) -> None:
     line = encode_event(event)
     assert line.count(b"\n") == 1

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.errors import StateFolderBusy, WorkerCrashed
-from node.events import Complete, Error, Event, Worker, WorkerSpec
-from node.supervisor import BackOff, Ended, Outcome, Supervisor, locked_folder
+from node.events import Beside, Complete, Error, Event, Worker, WorkerSpec
+from node.keeper import BackOff, Ended, Outcome
+from node.supervisor import Supervisor, locked_folder
 
 QUICK = BackOff(first=timedelta(milliseconds=10), give_up_after=4)
 PREAMBLE = """
@@ -159,6 +160,121 @@ def test_the_handlers_of_before_come_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run(supervisor(tmp_path, "", []))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# -- several workers --------------------------------------------------------------------------------------------
+
+COVERS = """
+    if spec.beside is None:
+        emit(Cover(stage=1, reason="nobody serves it", beside=Beside(node_id="me", throughput=2.0, stand_in=True)))
+"""
+
+
+def test_a_further_worker_has_a_folder_an_identity_and_ports_of_its_own(tmp_path: Path) -> None:
+    told: list[tuple[int, Event]] = []
+    code = (
+        COVERS
+        + """
+        time.sleep(1)
+    else:
+        print(spec.model_dump_json(), file=sys.stderr)
+        emit(StageStep(stage=1, step=1, loss=None, tokens=1, seconds=1, microbatches=1, compute_seconds=1,
+                       wait_seconds=0, gradient_norm=1, link=None))
+    """
+    )
+    subject = supervisor(tmp_path, code, [], on_beside=lambda stage, event: told.append((stage, event)))
+    subject._spec = subject._spec.model_copy(
+        update={"port": 4000, "metrics_port": 65530, "also": (1,), "max_stages": 0}
+    )
+    assert run(subject).outcome is Outcome.COMPLETE
+    spec = WorkerSpec.model_validate_json((tmp_path / "beside-1" / "worker.log").read_text().splitlines()[0])
+    assert spec.state_folder == tmp_path / "beside-1"
+    assert spec.identity_file == tmp_path / "beside-1" / "identity.key"
+    assert (spec.stage, spec.also, spec.max_stages) == (1, (), 1)
+    assert (spec.port, spec.dht_port, spec.metrics_port) == (4020, 0, 0)  # far from the first one's, or any
+    assert spec.beside == Beside(node_id="me", throughput=2.0, stand_in=True)
+    assert {stage for stage, _ in told} == {1}
+    workers = [event for _, event in told if isinstance(event, Worker)]
+    assert [(event.state, event.stage) for event in workers] == [("started", 1), ("exited", 1)]
+
+
+def test_a_further_worker_comes_and_dies_without_the_others_noticing(tmp_path: Path) -> None:
+    """What the first one had started lives on when the tree of another one is swept."""
+    events: list[Event] = []
+    code = (
+        COVERS
+        + """
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"], start_new_session=True)
+        deadline = time.monotonic() + 20
+        while not (spec.state_folder / "beside-1" / "over").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        assert child.poll() is None and spec.num_beside == 0
+        emit(Complete(stage=0, step=life))
+    elif life < 3:
+        subprocess = __import__("subprocess")
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        (spec.state_folder / "over").touch()
+    """
+    )
+    assert run(supervisor(tmp_path, code, events)).outcome is Outcome.COMPLETE
+    assert Complete(stage=0, step=1) in events  # in its first life
+    deaths = [event.stage for event in events if isinstance(event, Worker) and event.state == "restarting"]
+    assert deaths == [1, 1]
+
+
+@pytest.mark.parametrize("how", ['emit(Error(code=403, cause="c", remedy="r")); sys.exit(78)', "1 / 0"])
+def test_a_further_worker_that_cannot_serve_is_not_asked_again_and_again(tmp_path: Path, how: str) -> None:
+    events: list[Event] = []
+    code = COVERS + (
+        f"""
+        for _ in range(12):
+            time.sleep(0.1)
+            emit(Cover(stage=1, reason="again", beside=Beside(node_id="me", throughput=2.0, stand_in=True)))
+    else:
+        {how}
+    """
+    )
+    back_off = BackOff(first=timedelta(milliseconds=1), give_up_after=1)
+    assert run(supervisor(tmp_path, code, events, back_off=back_off)).outcome is Outcome.COMPLETE
+    assert [event.stage for event in events if isinstance(event, Error)] == [1]
+    assert (tmp_path / "beside-1" / "lives").read_text() == "1"
+
+
+@pytest.mark.parametrize(("worker", "outcome"), [(0, Outcome.DRAINED), (1, Outcome.KILLED), (2, Outcome.KILLED)])
+def test_one_signal_drains_all_workers_and_two_kill_them(tmp_path: Path, worker: int, outcome: Outcome) -> None:
+    """`worker`: who will not leave; 0: all do."""
+    code = (
+        COVERS
+        + f"""
+    number = 1 if spec.beside is None else 2
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if number == {worker} else lambda *_: sys.exit(0))
+    emit(Complete(stage=number, step=0)) if number == 2 else None
+    time.sleep(30)
+    """
+    )
+    ended, seconds = _signalled(supervisor(tmp_path, code, []), signal.SIGINT, times=1 if worker == 0 else 2)
+    assert ended.outcome is outcome
+    assert seconds < 5
+
+
+def test_when_the_first_worker_is_refused_the_others_leave(tmp_path: Path) -> None:
+    events: list[Event] = []
+    code = (
+        COVERS
+        + """
+        while not (spec.state_folder / "beside-1" / "ready").exists(): time.sleep(0.02)
+        sys.exit(78)
+    signal.signal(signal.SIGTERM, lambda *_: (emit(Complete(stage=1, step=9)), sys.exit(0)))
+    (spec.state_folder / "ready").touch()
+    time.sleep(30)
+    """
+    )
+    assert run(supervisor(tmp_path, code, events)).outcome is Outcome.REFUSED
+    assert Complete(stage=1, step=9) in events
 
 
 def _signalled(subject: Supervisor, number: int, times: int, when: str = "complete") -> tuple[Ended, float]:

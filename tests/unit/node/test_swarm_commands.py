@@ -56,7 +56,9 @@ SNAPSHOT = DirectorySnapshot.of(
 def test_status_for_scripts_names_what_is_unserved_and_refused() -> None:
     view = status_view.as_json(SNAPSHOT, "demo", 100)
     assert (view["unserved_stages"], view["refused_records"], view["steps"]) == ([1], 1, 100)
+    assert view["paused"] == "paused: nobody serves stage 1; it resumes by itself when somebody joins"
     first, last = view["peers"]
+    assert (first["node_id"], first["stand_in"]) == (first["peer_id"], False)
     assert (first["stage"], first["state"], first["committed_step"], first["loss"]) == (0, "serving", 7, 2.5)
     assert (first["round_trip_seconds"], first["link_bytes_per_second"]) == (0.2, 1e7)
     assert first["microbatches_per_second"] == 3.25
@@ -78,7 +80,7 @@ def test_status_for_people_has_a_row_for_every_stage() -> None:
     Console(file=out, width=160).print(status_view.as_table(SNAPSHOT, "demo", 100))
     text = out.getvalue()
     for words in (
-        "nobody serves stage 1",
+        "paused: nobody serves stage 1; it resumes by itself when somebody joins",
         "7/100",
         "2.500",
         "113x",
@@ -89,6 +91,16 @@ def test_status_for_people_has_a_row_for_every_stage() -> None:
         "1.5k tokens/s",
     ):
         assert words in text
+
+
+def test_status_marks_who_stands_in() -> None:
+    snapshot = DirectorySnapshot.of("r", 2, [entry(0, "a"), entry(1, "b", node_id="a", stand_in=True)], taken_at=50.0)
+    out = io.StringIO()
+    Console(file=out, width=160).print(status_view.as_table(snapshot, "demo", 100))
+    assert "standing in" in out.getvalue()
+    assert "every stage is served" in out.getvalue()
+    peers = status_view.as_json(snapshot, "demo", 100)["peers"]
+    assert [(peer["node_id"], peer["stand_in"]) for peer in peers] == [("a", False), ("a", True)]
 
 
 def test_status_names_the_stage_that_holds_the_swarm_back() -> None:
@@ -129,9 +141,10 @@ def test_a_run_keeps_its_birthday_over_restarts_of_its_coordinator(tmp_path: Pat
     assert coordinator._created_at(tmp_path, "other") != first
 
 
-def test_a_stage_is_auto_or_a_number() -> None:
-    assert join._stage_number("auto") is None
-    assert join._stage_number("3") == 3
-    for text in ("-1", "first", "1.5", "", "²"):
+def test_a_stage_is_auto_or_one_or_several_numbers() -> None:
+    assert join._stage_numbers("auto") == (None, ())
+    assert join._stage_numbers("3") == (3, ())
+    assert join._stage_numbers("3,0, 1,3") == (3, (0, 1))
+    for text in ("-1", "first", "1.5", "", "²", "1,", "auto,1"):
         with pytest.raises(typer.BadParameter):
-            join._stage_number(text)
+            join._stage_numbers(text)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from resbm_pb import records_pb2
 
-from coordinator.directory import COMPLETE, RESERVED, SERVING, DirectorySnapshot, PeerEntry
-from node.swarm_view import SwarmView, contribution
+from coordinator.directory import COMPLETE, DRAINING, RESERVED, SERVING, DirectorySnapshot, PeerEntry
+from node.swarm_view import SwarmView, contribution, pause, unserved
 
 
 def entry(
@@ -68,3 +68,12 @@ def test_a_contribution_is_a_share_of_the_stage(peer_id: str, share: float) -> N
 def test_who_only_reserved_a_place_or_has_no_speed_contributes_nothing() -> None:
     assert contribution(snapshot(entry("a", 0, 4.0, RESERVED)), "a") == 0.0
     assert contribution(snapshot(entry("a", 0, 0.0)), "a") == 0.0
+
+
+def test_a_run_whose_stages_are_not_all_served_is_paused_and_says_why() -> None:
+    assert (unserved(FULL), pause(FULL)) == ((), "")
+    away = snapshot(entry("a", 1, 1.0), entry("b", 2, 1.0, DRAINING), stages=3)
+    assert unserved(away) == (0, 2)
+    assert pause(away) == "paused: nobody serves stages 0 and 2; it resumes by itself when somebody joins"
+    coming = snapshot(entry("a", 0, 1.0), entry("b", 1, 1.0, RESERVED), entry("c", 2, 1.0))
+    assert pause(coming) == "paused: stage 1 has a peer that does not serve yet"

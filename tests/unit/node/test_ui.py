@@ -15,13 +15,17 @@ from rich.text import Text
 from node import ui
 from node.events import (
     Assigned,
+    Beside,
     Check,
     Complete,
+    Cover,
+    Coverage,
     Error,
     Event,
     Link,
     LinkTraffic,
     Live,
+    Relieved,
     Rewind,
     StageStep,
     StateTransfer,
@@ -94,6 +98,34 @@ def test_going_back_is_told_with_what_it_costs() -> None:
     assert Text.from_markup(line or "").plain.strip() == (
         "back to step 20, 7 steps are done again: stage 2 [lost] its state"
     )
+
+
+def test_a_paused_run_says_so_to_everyone_who_waits_for_it() -> None:
+    away = Coverage(unserved=(2,), detail="paused: nobody serves stage 2; it resumes by itself when somebody joins")
+    assert line_after(ASSIGNED, LIVE, *LINKS, step(1), away).startswith(f"{away.detail} · stage 1 of 4 · ")
+    back = Coverage(unserved=(), detail="")
+    assert line_after(ASSIGNED, LIVE, *LINKS, step(1), away, back).startswith("contributing")
+
+
+def test_a_machine_at_several_stages_names_them_and_counts_its_own_alone() -> None:
+    out = io.StringIO()
+    display = ui.PlainDisplay(Console(file=out, width=200), clock=lambda: 0.0)
+    display.show(ASSIGNED)
+    display.show(LIVE)
+    display.show(Cover(stage=2, reason="nobody serves it", beside=Beside(node_id="m", throughput=1.0, stand_in=True)))
+    for event in (ASSIGNED, LIVE.model_copy(update={"stage": 2}), step(7), Relieved(stage=2, peer_id="12D9")):
+        display.show_beside(2, event)
+    display.show(step(1))
+    display.show_beside(2, Worker(state="exited", pid=5, detail="exit code 0", stage=2))
+    display.close()
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[2:5] == [
+        "serving stage 2 too: nobody serves it",
+        "stage 2: serving at 127.0.0.1:5 as 12D3",
+        "leaving stage 2 to 12D9",
+    ]
+    assert lines[5].startswith("contributing · stage 1 of 4 · standing in at 2 · step 1/100 · ")
+    assert lines[6].startswith("contributing · stage 1 of 4 · step 1/100 · ")
 
 
 def test_checks_are_numbered_with_verdict_and_duration() -> None:
