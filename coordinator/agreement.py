@@ -9,10 +9,11 @@ each of its microbatches exactly once, and replicas that live on hold the same w
                hold it: a share for each replica. Who holds more than its share computes its sum again without the
                rest, from retained frames.
     averaging  the shares are summed over all replicas. Each member checks that the sum holds as many microbatches as
-               the step has, and tells the digest of what it got.
-    commit     a member commits when every member has told the same digest of the same round, or when it sees that
-               another has committed that very sum. A member that died or failed voids the round: survivors of a death
-               in the middle of an averaging may each hold something else and not know it. The leader proposes the next.
+               the step has, and that it holds what the members put in, and tells the digest of what it got.
+    commit     a member that has the sum commits when every member in sight has told the same digest of the same round,
+               or when it sees that another has committed that very sum. A member that failed, or that is gone before
+               the sum is here, voids the round, and the leader proposes the next. Once a member has told its digest,
+               others may have committed on its word: it does not go back behind it because it has lost sight of one.
 
 The leader is whoever has the best claim among those in sight. Two leaders at once, because they do not see each other,
 are harmless: a round is only as good as its digests. Where two parts of a stage, cut off from each other, have both
@@ -222,7 +223,10 @@ class StageAgreement:
         return self._changed()
 
     def averaged(self, number: int, digest: str | None, num_microbatches: int) -> list[Action]:
-        """The averaging of a round ended: with a sum that holds so many microbatches, or (None) without one."""
+        """The averaging of a round ended: with a sum that holds so many microbatches, or (None) without one.
+
+        The caller has verified that the sum is what all members put in: it may be committed without hearing from them.
+        """
         step = self._step
         if step.averaging != number:
             return []
@@ -320,11 +324,15 @@ class StageAgreement:
         return leader_of((tally.peer, self.peer), self._claims) == tally.peer
 
     def _commit(self) -> list[Action]:
-        """Every member of the round has the same sum. One that is gone may have spoilt it: then the round is void."""
+        """Every member of the round that is in sight has the same sum.
+
+        One that is not may have committed it: only by committing it too is nobody left with another one. And if it is
+        dead, its share is in the sum.
+        """
         mine, round_ = self._step.averaged, self._step.round
         if mine is None or round_ is None or mine.round != round_.number:
             return []
-        others = [self._tallies.get(peer) for peer in round_.shares if peer != self.peer]
+        others = [self._tallies.get(peer) for peer in round_.shares.keys() & self._in_sight - {self.peer}]
         same = all(tally is not None and self._stands_here(tally) and tally.averaged == mine for tally in others)
         return self._take(mine) if same else []
 
@@ -351,8 +359,13 @@ class StageAgreement:
         return self._changed()
 
     def _is_void(self, round_: Round) -> bool:
-        """A member is gone, works on something else, failed, heard of a newer round, or got another sum."""
-        if self._step.failed >= round_.number or not self._in_sight.issuperset(round_.shares):
+        """A member works on something else, failed, heard of a newer round, got another sum, or is gone.
+
+        Not the latter where the sum is here: this replica has told so, and who is gone may have committed on its word.
+        """
+        has_sum = self._step.averaged is not None and self._step.averaged.round == round_.number
+        is_whole = self._in_sight.issuperset(round_.shares)
+        if self._step.failed >= round_.number or not (is_whole or has_sum):
             return True
         members = [tally for peer in round_.shares if (tally := self._tallies.get(peer)) is not None]
         return any(

@@ -22,7 +22,7 @@ HEARTBEAT = timedelta(seconds=0.5)
 GATHERING = timedelta(milliseconds=10)
 """What changes within so little time is told at once."""
 CALL_LIMIT = timedelta(seconds=3)
-SIGHT = Patience(least=2.5, factor=3.0, longest=20.0)
+SIGHT = Patience(least=2.5, factor=4.0, longest=20.0)
 """Who has not been heard for so long is out of sight: a round without it is void, so this is no hasty judgement."""
 ABSENCE = timedelta(seconds=1)
 """`in_sight` is asked several times a second: where it was not for so long, this process stood still."""

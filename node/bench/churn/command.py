@@ -104,7 +104,9 @@ def churn(
 
 
 def _descendants() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+    """Processes that live below this one: it adopts those whose parents have died."""
+    below = psutil.Process().children(recursive=True)
+    return {process.pid for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
 
 
 @contextmanager
