@@ -67,6 +67,7 @@ class WorkerSpec(Frozen):
     metrics_port: int | None = Field(None, ge=0, lt=65536, description="port of /metrics; 0: any, None: off")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     threads: int = Field(0, ge=0, description="torch threads; 0: torch's own choice")
+    state_rate_mbit: float = Field(20.0, ge=0, description="given to joiners at most, Mbit/s; 0: no limit")
     activation_budget_bytes: int = Field(1 << 30, ge=0, description="activations kept; beyond it they are recomputed")
 
 

@@ -60,6 +60,7 @@ from stage_server.links import LinkIdentity
 from stage_server.peer import StagePeer
 from stage_server.replica_trainer import ReplicaTrainer
 from stage_server.server import ServedStage, StageServer, StageService
+from stage_server.state_serving import StateLimits
 from stage_server.wire import PROTOCOL_VERSION, WireFormat
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class StageNode:
         self._steps = steps
         self._launcher = launcher
         self._host = announced_host(spec.host, spec.announce)
-        self._service = StageService()
+        self._service = StageService(StateLimits(bytes_per_second=spec.state_rate_mbit * 1e6 / 8 or None))
         self._replica_service = ReplicaService()
         self._peer: StagePeer | None = None
         self._metrics: WorkerMetrics | None = None

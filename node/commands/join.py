@@ -47,6 +47,10 @@ def join(
     activation_budget_mb: Annotated[
         int, typer.Option(min=0, help="Keep activations up to this many MB; recompute them beyond it.")
     ] = 1024,
+    state_rate: Annotated[
+        float,
+        typer.Option(min=0, help="Mbit/s that peers who join may take of this machine's link for state; 0: all of it."),
+    ] = 20.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time to leave in good order after Ctrl+C.")] = 20.0,
     json_lines: options.JsonLines = False,
 ) -> None:
@@ -78,6 +82,7 @@ def join(
         port=port,
         dht_port=dht_port,
         metrics_port=metrics_port,
+        state_rate_mbit=state_rate,
         device=device,
         threads=threads,
         activation_budget_bytes=activation_budget_mb << 20,
