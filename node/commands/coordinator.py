@@ -31,6 +31,15 @@ def coordinator(
     *,
     run: options.RunFile = None,
     preset: options.PresetName = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Publish the run of last time again, at the same address: its tickets stay good, and peers that join "
+            "go on from their checkpoints.",
+            rich_help_panel="The run",
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     announce: Annotated[str, typer.Option(help="Address that peers dial, if it is another one.")] = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 0,
@@ -43,17 +52,27 @@ def coordinator(
 
     Example: resbm-node coordinator --preset demo
     """
-    from node import folders, identity
+    from node import folders, identity, publication
+    from node.config import dump_toml
     from node.events import emit
     from node.supervisor import locked_folder
 
-    config = options.chosen_run(run, preset)
     folder = (state_dir or folders.state_folder() / "coordinator").absolute()
     say: Say = emit if json_lines else _say_plainly
+    if resume:
+        if run is not None or preset is not None or port or announce:
+            raise typer.BadParameter("--resume takes the run and the address of last time: give it alone")
+        last = publication.recall(folder)
+        config, host, announce, port = last.config, last.host, last.announce, last.port
+    else:
+        config = options.chosen_run(run, preset)
     with locked_folder(folder):
         key = identity.load_or_create(folder / "identity.key")
         swarm = _start_swarm(key.seed, host=host, announce=announce, port=port, folder=folder)
         try:
+            port = publication.port_of(swarm.addresses(), otherwise=port)
+            published = publication.Publication(config_toml=dump_toml(config), host=host, announce=announce, port=port)
+            publication.remember(folder, published)
             asyncio.run(_serve(swarm, config, folder, say))
         finally:
             swarm.close()

@@ -1,4 +1,4 @@
-"""The coordinator is a way in, not a part of the run: without it training goes on and crashed workers come back."""
+"""The coordinator is a way in, not a part of the run: training goes on without it, and resumes after all have left."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from node.config import dump_toml, preset
+from node.config import dump_toml, preset, validated
+from node.data import load_corpus
 from node.events import Complete, Event, Live, StageStep, TicketPrinted, Worker, parse_event
+from node.unsplit import UnsplitModel
 
 STEPS = 60
 
@@ -77,3 +79,54 @@ def test_a_worker_killed_after_the_coordinator_comes_back_and_the_run_ends(tmp_p
     finally:
         for node in reversed(nodes):
             node.leave()
+
+
+@pytest.mark.timeout(240)
+def test_after_everyone_has_left_the_run_is_resumed_and_ends_as_if_nobody_had(tmp_path: Path) -> None:
+    values = preset("tiny").with_overrides(stages=2, steps=STEPS).model_dump()
+    values["replicas"]["averaging"] = "sync"
+    config = validated(values, "test")
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(dump_toml(config))
+    nodes: list[Node] = []
+    losses: dict[int, set[float]] = {}
+
+    def start(name: str, *arguments: str) -> Node:
+        nodes.append(Node(tmp_path / name, *arguments))
+        return nodes[-1]
+
+    def join(ticket: str) -> list[Node]:
+        address = ("--host", "127.0.0.1", "--threads", "1", "--max-stages", "1")
+        return [start(name, "join", ticket, *address) for name in ("a", "b")]
+
+    def leave_all() -> None:
+        for node in reversed(nodes):
+            node.leave()
+            for event in node.events():
+                if isinstance(event, StageStep) and event.loss is not None:
+                    losses.setdefault(event.step, set()).add(event.loss)
+        nodes.clear()
+
+    try:
+        ticket = start("coordinator", "coordinator", "--run", str(run_file), "--host", "127.0.0.1").wait_for(
+            TicketPrinted
+        )
+        assert isinstance(ticket, TicketPrinted)
+        for peer in join(ticket.ticket):
+            peer.wait_for(StageStep)
+        leave_all()
+        assert max(losses) < STEPS
+        again = start("coordinator", "coordinator", "--resume").wait_for(TicketPrinted)
+        assert isinstance(again, TicketPrinted)
+        assert again.ticket == ticket.ticket
+        for peer in join(ticket.ticket):
+            peer.wait_for(Complete, 120)
+        leave_all()
+    finally:
+        for node in reversed(nodes):
+            node.leave()
+    model, corpus = UnsplitModel(config, config.run_id), load_corpus(config)
+    undisturbed = {step: {model.train_step(step, corpus.microbatch)} for step in range(1, STEPS + 1)}
+    assert {step: {round(loss, 5) for loss in told} for step, told in losses.items()} == {
+        step: {round(loss, 5) for loss in told} for step, told in undisturbed.items()
+    }

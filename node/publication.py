@@ -1,0 +1,54 @@
+"""What a coordinator remembers of the run that it has published, to publish it again at the same address."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from node.config import RunConfig, load_toml
+from node.errors import ConfigUnreadable
+from stage_server.config import Frozen
+
+FILE_NAME = "published.json"
+_PORT = re.compile(r"/tcp/(\d+)/")
+
+
+class Publication(Frozen):
+    """One published run and where its coordinator listened."""
+
+    config_toml: str
+    host: str
+    announce: str
+    port: int = Field(ge=0, le=65535)
+
+    @property
+    def config(self) -> RunConfig:
+        """Raises ConfigInvalid, ConfigImpossible."""
+        return load_toml(self.config_toml)
+
+
+def remember(folder: Path, publication: Publication) -> None:
+    """In place of the one before. Raises OSError."""
+    part = folder / f"{FILE_NAME}.part"
+    part.write_text(publication.model_dump_json())
+    part.replace(folder / FILE_NAME)
+
+
+def recall(folder: Path) -> Publication:
+    """The last one. Raises ConfigUnreadable when nothing readable is there."""
+    path = folder / FILE_NAME
+    try:
+        return Publication.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise ConfigUnreadable(
+            f"no run was published from {folder}, or {path.name} cannot be read",
+            remedy="publish one with --run or --preset, or name the coordinator's folder with --state-dir",
+        ) from error
+
+
+def port_of(addresses: list[str], otherwise: int) -> int:
+    """The port in a directory's own multiaddresses."""
+    ports = [int(match[1]) for address in addresses if (match := _PORT.search(address))]
+    return ports[0] if ports else otherwise
