@@ -156,6 +156,15 @@ class PlanConfig(Frozen):
     checkpoint_every: Positive = Field(10, description="steps between checkpoints of a stage")
 
 
+class DilocoConfig(Frozen):
+    """Replicas that average seldom (arXiv 2311.08105); for replicas.averaging = diloco."""
+
+    inner_steps: Positive = Field(50, description="steps that each replica takes by itself before an outer step")
+    outer_lr: float = Field(0.7, gt=0, description="learning rate of the outer Nesterov step")
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the outer Nesterov step")
+    wire: Literal["fp16", "fp32"] = Field("fp16", description="how what is averaged travels: 2 or 4 bytes a value")
+
+
 class StageConfig(Frozen):
     """All that decides what the stages of a run compute: the same for every peer of the run."""
 

@@ -59,6 +59,7 @@ class StageOptimizer:
     ) -> None:
         self._parameters = dict(sorted(parameters.items()))
         self._config, self._steps = config, steps
+        self._num_stages = num_stages
         self._norm_limit = config.clip_norm / math.sqrt(num_stages)
         self._optimizers = _build(self._parameters, config)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for _, optimizer in self._optimizers]
@@ -83,6 +84,27 @@ class StageOptimizer:
             optimizer.step()
         self.zero_gradients()
         return CommitReport(norm, clipped, scale)
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies all gradients."""
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self._parameters.values() if p.grad is not None], factor)
+
+    def weights_after(self, step: int, gradient_factor: float = 1.0) -> dict[str, Tensor]:
+        """What `scale_gradients` and `step` would make of the parameters, by name. Nothing changes here.
+
+        Raises:
+            NotFinite: as `step` would.
+        """
+        twins = {name: nn.Parameter(p.detach().clone()) for name, p in self._parameters.items()}
+        twin = StageOptimizer(twins, self._config, self._num_stages, self._steps)
+        twin.load_state_tensors(self.state_tensors())
+        for name, parameter in self._parameters.items():
+            twins[name].grad = None if parameter.grad is None else parameter.grad.clone()
+        twin.scale_gradients(gradient_factor)
+        twin.step(step)
+        return {name: parameter.detach() for name, parameter in twins.items()}
 
     def zero_gradients(self) -> None:
         """Forget all gradients and free their memory."""

@@ -9,7 +9,8 @@ Shapes: B batch, T tokens, h latent width, N values of all parameters together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ from stage_server.optimizer import CommitReport
 from stage_server.trainer import Graph, Inputs, StageTrainer, TokenIds
 
 _EARLIER = "earlier."
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the replicas of a stage have agreed to take a step with."""
+
+    num_microbatches: int  # in this replica's gradient sum: its share
+    total_N: Tensor | None = None  # of all contributions; None: nothing was exchanged, or this replica is alone
+    weight: int = 0  # of the total, see `ReplicaTrainer.write_contribution`
 
 
 class ReplicaTrainer(StageTrainer):
@@ -44,27 +54,52 @@ class ReplicaTrainer(StageTrainer):
         """Whether late microbatches can be computed here."""
         return bool(self._earlier)
 
+    @property
+    def replicas_are_equal(self) -> bool:
+        """Whether replicas that have agreed on all steps so far hold the same state, bit for bit."""
+        return True
+
     # -- sums ---------------------------------------------------------------------------------------------------
+
+    def exchanges(self, step: int) -> bool:
+        """Whether replicas add anything up before they take this step."""
+        return True
+
+    def may_hold(self, step: int) -> range:
+        """What the weight of that step's total may be."""
+        microbatches = self.config.plan.microbatches_per_step
+        return range(microbatches, microbatches + 1)
+
+    def write_contribution(self, step: int, num_microbatches: int, out_N: Tensor) -> int:
+        """Writes what this replica adds to the step's total, [N] float32; returns the weight of it, in microbatches.
+
+        `num_microbatches`: in the gradient sum.
+        """
+        self.write_gradients(out_N)
+        return num_microbatches
 
     @torch.no_grad()
     def write_gradients(self, out_N: Tensor) -> None:
         """Copies the gradient sum, float32, parameters in name order; zeros where there is none."""
-        start = 0
-        for parameter in self._parameters.values():
-            part = out_N[start : start + parameter.numel()]
-            if parameter.grad is None:
+        for name, part in self._parts(out_N):
+            gradient = self._parameters[name].grad
+            if gradient is None:
                 part.zero_()
             else:
-                part.copy_(parameter.grad.reshape(-1))
-            start += parameter.numel()
+                part.copy_(gradient)
 
     @torch.no_grad()
     def read_gradients(self, total_N: Tensor) -> None:
         """Replaces the gradient sum."""
+        for name, part in self._parts(total_N):
+            parameter = self._parameters[name]
+            parameter.grad = part.to(parameter.device, parameter.dtype, copy=True)
+
+    def _parts(self, values_N: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parameters' parts of a vector, by name and in their shapes."""
         start = 0
-        for parameter in self._parameters.values():
-            part = total_N[start : start + parameter.numel()]
-            parameter.grad = part.reshape(parameter.shape).to(parameter.device, parameter.dtype, copy=True)
+        for name, parameter in self._parameters.items():
+            yield name, values_N[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
 
     def add_again(self, items: Iterable[tuple[MicrobatchId, TokenIds, Packed | None, Packed | None]]) -> None:
@@ -84,6 +119,12 @@ class ReplicaTrainer(StageTrainer):
         self._optimizer.zero_gradients()
 
     # -- commit -------------------------------------------------------------------------------------------------
+
+    def commit_agreed(self, step: int, agreed: Agreed) -> CommitReport:
+        """The step (1-based) as the replicas have agreed to take it. The gradient sum holds this replica's share."""
+        if agreed.total_N is not None:
+            self.read_gradients(agreed.total_N)
+        return self.commit(step)
 
     def commit(self, step: int) -> CommitReport:
         """As `StageTrainer.commit`, and remembers the weights of before. What is in flight was done by others."""
@@ -134,6 +175,10 @@ class ReplicaTrainer(StageTrainer):
         return self._earlier
 
     # -- state --------------------------------------------------------------------------------------------------
+
+    def take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """The state of another replica becomes this one's. Raises CheckpointInvalid."""
+        self.load_state_tensors(tensors)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """As `StageTrainer.state_tensors`, and the weights of before."""
