@@ -15,6 +15,10 @@ each of its microbatches exactly once, and replicas that live on hold the same w
                the sum is here, voids the round, and the leader proposes the next. Once a member has told its digest,
                others may have committed on its word: it does not go back behind it because it has lost sight of one.
 
+Where replicas average only now and then, most rounds add nothing up: they settle whose gradient each microbatch enters,
+and their digest names the shares (`digest_of_shares`). Replicas of one lineage then hold different weights in between,
+but agree on all that was ever added up.
+
 The leader is whoever has the best claim among those in sight. Two leaders at once, because they do not see each other,
 are harmless: a round is only as good as its digests. Where two parts of a stage, cut off from each other, have both
 committed a step, both sums are right but differ in rounding: the part without the best claim takes over the other's
@@ -24,6 +28,7 @@ weights (`Resync`).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -115,6 +120,15 @@ INITIAL = "initial"
 def descend(lineage: str, digest: str) -> str:
     """The lineage after one more step with the sum of that digest."""
     return hashlib.sha256(f"{lineage}/{digest}".encode()).hexdigest()[:32]
+
+
+def digest_of_shares(proposed: Round) -> str:
+    """Stands for the sum of a round in which nothing is added up: each member keeps its share to itself.
+
+    It names the shares, so that nobody takes a step as agreed on whose shares it has not heard of.
+    """
+    shares = sorted((peer, sorted(share)) for peer, share in proposed.shares.items())
+    return hashlib.sha256(json.dumps([proposed.number, shares]).encode()).hexdigest()
 
 
 def leader_of(peers: Iterable[PeerId], claims: Mapping[PeerId, float]) -> PeerId:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from coordinator.epochs import told_checkpoints
@@ -14,6 +15,7 @@ from node.data import load_corpus
 from node.errors import NodeError
 from node.folders import BESIDE
 from stage_server.checkpoint import CheckpointStore
+from stage_server.diloco_trainer import DilocoTrainer
 from stage_server.errors import CheckpointInvalid
 from stage_server.grpc_links import GrpcDialer
 from stage_server.ids import MicrobatchId
@@ -128,8 +130,9 @@ def build_stage(
     shared = config.replicas.max_replicas is None
     common_every = common_steps(config) if shared else 0
     checkpoints = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage, common_every=common_every)
-    new_trainer = ReplicaTrainer if shared else StageTrainer
-    trainer = new_trainer(config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes)
+    trainer = _new_trainer(config)(
+        config, run_id, stage, device=device, activation_budget_bytes=activation_budget_bytes
+    )
     load_newest(checkpoints, trainer)
     ledger = StageLedger(
         Plan.of(config.plan),
@@ -140,6 +143,16 @@ def build_stage(
         shared=shared,
     )
     return StageParts(config, trainer, checkpoints, ledger, source, base_bytes)
+
+
+def _new_trainer(config: RunConfig) -> Callable[..., StageTrainer]:
+    match config.replicas.averaging:
+        case "none":
+            return StageTrainer
+        case "sync":
+            return ReplicaTrainer
+        case "diloco":
+            return partial(DilocoTrainer, diloco=config.replicas.diloco)
 
 
 def load_newest(checkpoints: CheckpointStore, trainer: StageTrainer) -> None:

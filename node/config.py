@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from node import toml_text
 from node.errors import ConfigImpossible, ConfigInvalid, ConfigUnreadable
-from stage_server.config import Fraction, Frozen, StageConfig
+from stage_server.config import DilocoConfig, Fraction, Frozen, StageConfig
 from stage_server.ids import RunId
 
 BYTE_LEVEL_VOCABULARY = 257
@@ -60,10 +60,11 @@ class DataConfig(Frozen):
 class ReplicasConfig(Frozen):
     """How the peers that serve one stage work together."""
 
-    averaging: Literal["none", "sync"] = Field(
+    averaging: Literal["none", "sync", "diloco"] = Field(
         "none",
         description="none: one peer serves each stage; sync: any number do and add up their gradients every step: "
-        "the training is that of one process, whoever comes, goes or dies",
+        "the training is that of one process, whoever comes, goes or dies; diloco: they average what they have learned "
+        "every few steps, for links too slow for that: the training is another one",
     )
     common_every: int = Field(
         10,
@@ -71,6 +72,12 @@ class ReplicasConfig(Frozen):
         description="every so many checkpoints (plan.checkpoint_every) one is kept for longer, by all stages, and "
         "copied to peers of the next stage: where the run goes back to when all that serve a stage are gone for good",
     )
+    diloco: DilocoConfig = DilocoConfig()
+
+    @property
+    def wire(self) -> Literal["fp16", "fp32"]:
+        """How sums travel between the replicas of a stage."""
+        return self.diloco.wire if self.averaging == "diloco" else "fp32"
 
     @property
     def max_replicas(self) -> int | None:
@@ -91,6 +98,16 @@ class RunConfig(StageConfig):
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is less than {BYTE_LEVEL_VOCABULARY}: "
                 "256 byte values and the document separator"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_meet(self) -> RunConfig:
+        inner_steps = self.replicas.diloco.inner_steps
+        if self.replicas.averaging == "diloco" and inner_steps > self.plan.steps:
+            raise ValueError(
+                f"replicas.diloco.inner_steps = {inner_steps} is more than plan.steps = {self.plan.steps}: "
+                "replicas would not average before the end"
             )
         return self
 

@@ -16,7 +16,7 @@ from typing import Any
 from resbm_pb import stage_pb2
 
 from coordinator.assignment import MachineProfile
-from coordinator.averaging import ReplicaAveraging
+from coordinator.averaging import ReplicaAveraging, Wire
 from coordinator.averaging_launch import Launcher
 from coordinator.directory import MAX_KEPT_STAGES, RESERVED, PeerEntry
 from coordinator.epochs import FIRST, Epoch, epoch_of, newest_epoch
@@ -367,7 +367,11 @@ class StageNode:
         means = Means(
             line=lambda endpoint: GrpcLine(endpoint, named, entry.stage),
             averaging=lambda: ReplicaAveraging.start(
-                num_values=trainer.num_values, listen_host=host, announce_host=announce, launcher=self._launcher
+                num_values=trainer.num_values,
+                listen_host=host,
+                announce_host=announce,
+                wire=Wire(config.replicas.wire),
+                launcher=self._launcher,
             ),
             recorder=StepRecorder.from_environment(entry.stage, self._peer_id),
             on_serving=lambda _: reporter.state_changed.set(),

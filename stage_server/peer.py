@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from resbm_pb import stage_pb2, tensors_pb2
-from torch import Tensor
 
 from stage_server.checkpoint import CheckpointStore
 from stage_server.codec import Packed
@@ -27,6 +26,7 @@ from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.ledger import SOLE, Backward, Checkpoint, Commit, Forward, Outbound, Side, StageLedger, Task
 from stage_server.links import Dialer, Frame, FrameStream, LinkIdentity
 from stage_server.neighbours import Neighbours
+from stage_server.optimizer import CommitReport
 from stage_server.profile import Work
 from stage_server.replica_trainer import ReplicaTrainer
 from stage_server.reports import (
@@ -84,8 +84,8 @@ class StagePeer:
         """Called whenever the ledger may have changed."""
         self.lineage: Callable[[], str] = str
         """Digest of the committed steps, kept with every checkpoint; empty where stages are not shared."""
-        self.total: Tensor | None = None
-        """[N] gradient sum that replicas have agreed on for the commit that is due; None: this peer's own."""
+        self.take_step: Callable[[StepIndex], CommitReport] = trainer.commit
+        """Takes the optimizer step that is due, on the device thread: where replicas have agreed on it, with that."""
         self._orders: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._wake = asyncio.Event()
         self._draining = False
@@ -222,9 +222,7 @@ class StagePeer:
                 upstream = backward(name, payload.gradients)
                 return None if upstream is None else self._wire.encode_gradients(name, payload.loss, upstream)
             case Commit(step):
-                if self.total is not None:
-                    self._replicas().read_gradients(self.total)
-                return self._trainer.commit(step)
+                return self.take_step(step)
             case Checkpoint(step):
                 started = time.monotonic()
                 with self._trainer.profile.span(Work.CHECKPOINT):
@@ -339,7 +337,6 @@ class StagePeer:
     def _enter_commit(self, step: StepIndex, outcome: Any) -> None:
         losses = self.ledger.losses(MicrobatchKind.TRAIN)
         self.ledger.committed_step(step)
-        self.total = None
         self.neighbours.step_ended(step)
         self._window.step_ended()
         self.neighbours.report()

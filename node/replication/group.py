@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from coordinator.agreement import (
     INITIAL,
@@ -245,6 +246,7 @@ class ReplicaGroup:
 
     def _progress(self) -> None:
         """The ledger or the agreement may have changed."""
+        self._sums.progressed()
         if self._level_at != self._ledger.committed and self._duties.is_level:
             self._level_at = self._ledger.committed
             self._standing = self._agreement.lineage
@@ -278,8 +280,8 @@ class ReplicaGroup:
                         self._contacts.propose(peer, proposed)
                     if self._member.peer_id in members:
                         self._act(self._agreement.receive_round(proposed))
-                case Average(proposed, share):
-                    self._begin_round(proposed, share)
+                case Average(proposed, _):
+                    self._begin_round(proposed)
                 case Commit(step, averaged):
                     self._commit(step, averaged)
                 case Resync(peer, _):
@@ -292,11 +294,11 @@ class ReplicaGroup:
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
-    def _begin_round(self, proposed: Round, share: frozenset[int]) -> None:
+    def _begin_round(self, proposed: Round) -> None:
         self._drop_round()
-        settled = self._sums.settled_at_once(proposed, share, behind=self._takeover is not None)
+        settled = self._sums.settled_at_once(proposed, behind=self._takeover is not None)
         if settled is None:
-            self._round = self._background.start(self._average(proposed, share))
+            self._round = self._background.start(self._average(proposed))
         else:
             self._act(self._agreement.averaged(proposed.number, *settled))
 
@@ -305,10 +307,10 @@ class ReplicaGroup:
             self._round.cancel()
             self._round = None
 
-    async def _average(self, proposed: Round, share: frozenset[int]) -> None:
+    async def _average(self, proposed: Round) -> None:
         digest: str | None
         try:
-            digest, count = await self._sums.add_up(proposed, share, behind=self._takeover is not None)
+            digest, count = await self._sums.add_up(proposed, behind=self._takeover is not None)
         except (AveragingFailed, LinkLost) as error:
             log.warning("round %d of step %d: %s", proposed.number, proposed.step, error)
             self._excuse(proposed, error)
@@ -333,16 +335,17 @@ class ReplicaGroup:
     # -- commits ------------------------------------------------------------------------------------------------
 
     def _commit(self, step: int, averaged: Averaged) -> None:
-        agreed, total = self._sums.take(averaged)
+        round_, agreed = self._sums.take(averaged)
         self._lineages[step] = self._agreement.lineage
         if self._means.recorder is not None:
-            self._means.recorder.committed(step, self._agreement.lineage, agreed)
+            self._means.recorder.committed(step, self._agreement.lineage, round_)
         for old in [old for old in self._lineages if old < step - 2 * self._ledger.checkpoint_every - 2]:
             del self._lineages[old]
         if self._takeover is not None:
-            self._takeover.missed(Missed(step, self._agreement.lineage, total))
+            self._takeover.missed(Missed(step, self._agreement.lineage, agreed))
         else:
-            self._peer.total = total
+            share = frozenset[int]() if round_ is None else round_.shares[self._member.peer_id]
+            self._peer.take_step = partial(self._sums.commit, self._duties.names(share), agreed)
             self._ledger.agreed(step)
         self._peer.woken()
 

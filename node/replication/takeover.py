@@ -16,14 +16,12 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from node.replication.calls import Prepared
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import CheckpointInvalid
 from stage_server.fetch import FetchedState, fetch_state
 from stage_server.peer import StagePeer
-from stage_server.replica_trainer import ReplicaTrainer
+from stage_server.replica_trainer import Agreed, ReplicaTrainer
 from stage_server.state_plan import StateProgress
 
 log = logging.getLogger(__name__)
@@ -72,7 +70,7 @@ class Missed:
 
     step: int
     lineage: str  # after it
-    total: Tensor | None  # None: nobody had anything to add up
+    agreed: Agreed
 
 
 class Takeover:
@@ -97,8 +95,12 @@ class Takeover:
         self._missed.append(missed)
 
     async def fetch(self, donors: Sequence[str], prepared: Prepared, on_progress: OnProgress) -> int:
-        """Makes the state this peer's own; the step it is of. Raises StageError."""
+        """Makes the state this peer's own; the step it is of. Raises StageError.
+
+        `donors`: who was asked first; the others may have the same state, where replicas are equal.
+        """
         folder = self._checkpoints.incoming
+        donors = donors if self._trainer.replicas_are_equal else donors[:1]
         fetched = await fetch_state(
             donors, self._run_id, folder, step=prepared.step, lineage=prepared.lineage, on_progress=on_progress
         )
@@ -120,16 +122,18 @@ class Takeover:
 
     def _enter(self, folder: Path, fetched: FetchedState) -> None:
         """On the device thread: the state becomes this peer's, and the newest checkpoint on its disk."""
-        self._trainer.load_state_tensors(fetched.tensors)
+        self._trainer.take_over(fetched.tensors)
         self.held = Prepared(fetched.step, fetched.lineage)
         self._checkpoints.discard_after(fetched.step)
-        self._checkpoints.adopt(folder)
+        if self._trainer.replicas_are_equal:
+            self._checkpoints.adopt(folder)
+        else:  # what was taken over is not all that came
+            self._checkpoints.save(fetched.step, self._trainer.state_tensors(), fetched.lineage)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _take_step(self, missed: Missed) -> None:
         """On the device thread."""
-        if missed.total is None:
+        if missed.agreed.total_N is None and self._trainer.exchanges(missed.step):
             raise CheckpointInvalid(f"the sum of step {missed.step} is not here")
-        self._trainer.read_gradients(missed.total)
-        self._trainer.commit(missed.step)
+        self._trainer.commit_agreed(missed.step, missed.agreed)
         self.held = Prepared(missed.step, missed.lineage)

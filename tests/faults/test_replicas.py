@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.local_replicas import LocalReplicas
+from support.local_replicas import LocalReplicas, run, tiny
 from support.local_swarm import RUN_ID, Reference, token_source
 
 from node.unsplit import UnsplitModel, weights_digest
-from stage_server.config import BottleneckConfig, CodecConfig, ModelConfig, OptimizerConfig, PlanConfig, StageConfig
-
-
-def tiny(stages: int = 2, codec: str = "none", **plan: int) -> StageConfig:
-    values = {"steps": 6, "microbatches_per_step": 6, "batch": 1, "tokens": 8, "evaluation_microbatches": 2}
-    return StageConfig(
-        stages=stages,
-        model=ModelConfig(
-            vocab_size=300,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=stages,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-        ),
-        bottleneck=BottleneckConfig(width=4),
-        codec=CodecConfig(forward=codec, backward=codec),
-        optimizer=OptimizerConfig(muon_lr=1e-3, adamw_lr=1e-3),
-        plan=PlanConfig(**(values | {"checkpoint_every": 2} | plan)),
-    )
+from stage_server.config import StageConfig
 
 
 @cache
 def reference(config_json: str) -> Reference:
     return Reference.of(StageConfig.model_validate_json(config_json))
-
-
-def run(scenario: Callable[[LocalReplicas], Awaitable[None]], config: StageConfig, folder: Path) -> None:
-    async def whole() -> None:
-        swarm = LocalReplicas(config, folder)
-        try:
-            await scenario(swarm)
-        finally:
-            await swarm.close()
-
-    asyncio.run(whole())
 
 
 def check(swarm: LocalReplicas) -> None:

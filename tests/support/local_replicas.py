@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from coordinator.averaging import AveragingFailed, Reason, StageSum
 from node.replication.calls import GrpcLine, ReplicaService
 from node.replication.group import Averaging, Means, Member, ReplicaGroup
 from stage_server.checkpoint import CheckpointStore
-from stage_server.config import StageConfig
+from stage_server.config import BottleneckConfig, CodecConfig, ModelConfig, OptimizerConfig, PlanConfig, StageConfig
 from stage_server.grpc_links import GrpcDialer
 from stage_server.ledger import StageLedger
 from stage_server.links import LinkIdentity
@@ -33,6 +34,27 @@ from stage_server.wire import WireFormat
 from support.local_swarm import RUN_ID, token_source
 
 NewAveraging = Callable[[int], Awaitable[Averaging]]
+
+
+def tiny(stages: int = 2, codec: str = "none", **plan: int) -> StageConfig:
+    """A run of seconds."""
+    values = {"steps": 6, "microbatches_per_step": 6, "batch": 1, "tokens": 8, "evaluation_microbatches": 2}
+    return StageConfig(
+        stages=stages,
+        model=ModelConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=stages,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        ),
+        bottleneck=BottleneckConfig(width=4),
+        codec=CodecConfig(forward=codec, backward=codec),
+        optimizer=OptimizerConfig(muon_lr=1e-3, adamw_lr=1e-3),
+        plan=PlanConfig(**(values | {"checkpoint_every": 2} | plan)),
+    )
 
 
 class Hub:
@@ -102,8 +124,15 @@ class LocalReplica:
 class LocalReplicas:
     """Call everything within one event loop."""
 
-    def __init__(self, config: StageConfig, folder: Path, new_averaging: NewAveraging | None = None) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        folder: Path,
+        new_averaging: NewAveraging | None = None,
+        new_trainer: Callable[..., ReplicaTrainer] = ReplicaTrainer,
+    ) -> None:
         torch.set_num_threads(1)
+        self.new_trainer = new_trainer
         self.config, self.folder = config, folder
         self.new_averaging = new_averaging or Hub().averaging
         self.replicas: dict[str, LocalReplica] = {}
@@ -120,7 +149,7 @@ class LocalReplicas:
         name = name or f"r{number}"
         folder = self.folder / name
         store = CheckpointStore(folder, RUN_ID, stage)
-        trainer = ReplicaTrainer(self.config, RUN_ID, stage, activation_budget_bytes=1 << 30)
+        trainer = self.new_trainer(self.config, RUN_ID, stage, activation_budget_bytes=1 << 30)
         if store.steps():
             trainer.load_state_tensors(store.load(store.steps()[-1]))
         ledger = StageLedger(
@@ -219,3 +248,18 @@ class LocalReplicas:
     async def close(self) -> None:
         for name in list(self.replicas):
             await self.kill(name)
+
+
+def run(
+    scenario: Callable[[LocalReplicas], Awaitable[None]], config: StageConfig, folder: Path, **options: Any
+) -> None:
+    """Plays a scenario to its end."""
+
+    async def whole() -> None:
+        swarm = LocalReplicas(config, folder, **options)
+        try:
+            await scenario(swarm)
+        finally:
+            await swarm.close()
+
+    asyncio.run(whole())
