@@ -372,7 +372,7 @@ class ReplicaGroup:
             log.info("taking over the state of step %d from %s", prepared.step, peer)
             self._lineages = {prepared.step: prepared.lineage}
             self._sums.forget()
-            self._act(self._agreement.resynced(prepared.step, prepared.lineage))
+            self._act(self._agreement.resynced(*self._stand_after(prepared, peer)))
             saved = await takeover.fetch([donor, *self._other_donors(peer)], prepared, self._means.on_transfer)
             newest = await takeover.catch_up()
             self._go_on(saved if newest is None else newest, durable=saved)
@@ -380,6 +380,13 @@ class ReplicaGroup:
             log.warning("the state of %s is not to be had: %s", peer, error)
             await asyncio.sleep(PAUSE_AFTER_FAILURE.total_seconds())
             self._stand_where_it_stands(takeover.held)
+
+    def _stand_after(self, prepared: Prepared, peer: str) -> tuple[int, str]:
+        """(step, lineage) where the agreement stands with that state: the closing step has none of its own."""
+        plan, word = self._ledger.plan, self._contacts[peer].word
+        if word is not None and word.tally.committed == plan.last_step and prepared.step == plan.steps:
+            return word.tally.committed, word.tally.lineage
+        return prepared.step, prepared.lineage
 
     async def _ask_for_state(self, endpoint: str) -> Prepared:
         line = self._means.line(endpoint)

@@ -45,15 +45,19 @@ class StateOffer:
 
     async def prepare(self) -> Prepared:
         """Puts the state on disk, right after a commit if one comes soon. Raises CheckpointUnwritable."""
+        if not self._peer.ledger.complete:
+            await self._commit_or_pause()
+        prepared = await self._peer.order(self._save)
+        await asyncio.to_thread(self._checkpoints.listing, prepared.step)  # hashes it before anybody waits for that
+        return prepared
+
+    async def _commit_or_pause(self) -> None:
         self._committed.clear()
         try:
             async with asyncio.timeout(COMMIT_WAIT.total_seconds()):
                 await self._committed.wait()
         except TimeoutError:
             log.info("no commit for a while: the state as it is")
-        prepared = await self._peer.order(self._save)
-        await asyncio.to_thread(self._checkpoints.listing, prepared.step)  # hashes it before anybody waits for that
-        return prepared
 
     def _save(self) -> Prepared:
         """On the device thread."""

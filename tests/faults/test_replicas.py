@@ -80,3 +80,14 @@ def test_a_replica_that_dies_and_one_that_comes_change_nothing(tmp_path: Path) -
         assert all(len(swarm.of(stage)) == 2 for stage in range(3))
 
     run(scenario, tiny(stages=3, steps=10), tmp_path)
+
+
+def test_who_comes_when_the_run_is_over_gets_its_state(tmp_path: Path) -> None:
+    async def scenario(swarm: LocalReplicas) -> None:
+        await swarm.join(0)
+        await swarm.until_complete(60)
+        await swarm.join(0)
+        await swarm.until_complete(60)
+        check(swarm)
+
+    run(scenario, tiny(stages=1, steps=2), tmp_path)
