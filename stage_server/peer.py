@@ -345,7 +345,7 @@ class StagePeer:
         self._report(
             StepReport(
                 step=step,
-                loss=mean_loss(losses),
+                loss=mean_loss(losses) if losses else None,  # replicas of an empty share may learn of them too late
                 num_tokens=plan.microbatches_per_step * self._wire.batch * self._wire.tokens,
                 num_microbatches=plan.microbatches_per_step,
                 wall=wall,

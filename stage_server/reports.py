@@ -28,7 +28,7 @@ class StepReport:
     """A step is committed here. `link` is None on the last stage."""
 
     step: StepIndex
-    loss: float
+    loss: float | None  # nats per token, of the microbatches that were heard of here; None: of none
     num_tokens: int
     num_microbatches: int
     wall: timedelta

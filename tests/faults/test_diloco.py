@@ -189,3 +189,16 @@ def test_a_joiner_meets_the_others_at_the_next_outer_step(tmp_path: Path, after:
             assert sum(weights) == trainer.may_hold(int(step))[-1]  # nobody's way was lost or averaged twice
 
     play(scenario, tiny(steps=12), tmp_path)
+
+
+def test_replicas_that_had_nothing_to_do_follow(tmp_path: Path) -> None:
+    """They may commit a step before they have heard of any of its losses: here they never hear of one."""
+
+    async def scenario(swarm: LocalReplicas) -> None:
+        for _ in range(3):
+            replica = await swarm.join(0)
+            replica.peer.ledger.learn_losses = lambda losses: None  # type: ignore[method-assign]
+        await swarm.until_complete(60)
+        check_same_bits_after_outer_steps(swarm, 1)
+
+    play(scenario, tiny(stages=1, microbatches_per_step=1), tmp_path)

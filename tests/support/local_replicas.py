@@ -115,7 +115,8 @@ class LocalReplica:
     totals: dict[int, torch.Tensor] = field(default_factory=dict)  # the gradient that each step was taken with
 
     def losses(self) -> dict[int, float]:
-        return {report.step: report.loss for report in self.reports if isinstance(report, StepReport)}
+        steps = (report for report in self.reports if isinstance(report, StepReport))
+        return {report.step: report.loss for report in steps if report.loss is not None}
 
     def evaluations(self) -> dict[int, float]:
         return {r.committed_step: r.loss for r in self.reports if isinstance(r, EvaluationReport)}
