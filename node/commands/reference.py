@@ -40,6 +40,8 @@ def reference(
 ) -> None:
     """Train a run in one process, unsplit: what a swarm must equal, and how fast it could be without a network.
 
+    It takes no outer steps: a run with replicas.averaging = diloco trains otherwise.
+
     Example: resbm-node reference --preset demo --steps 20
     """
     config = options.chosen_run(
