@@ -51,11 +51,11 @@ class DilocoTrainer(ReplicaTrainer):
         """Whether an outer step follows."""
         return step % self._diloco.inner_steps == 0 or step == self.config.plan.steps
 
-    def may_hold(self, step: int) -> range:
-        """At least the step's own microbatches; at most all since the last outer step, if nobody died with some."""
-        inner_steps = (step - 1) % self._diloco.inner_steps + 1
-        microbatches = self.config.plan.microbatches_per_step
-        return range(microbatches, inner_steps * microbatches + 1)
+    def can_be_whole(self, weight: int) -> bool:
+        """At least the step's own microbatches. What came before may have died with somebody, or, where a lost stage
+        was restored from copies of one state, be there twice.
+        """
+        return weight >= self.config.plan.microbatches_per_step
 
     @torch.no_grad()
     def write_contribution(self, step: int, num_microbatches: int, out_N: Tensor) -> int:

@@ -65,10 +65,9 @@ class ReplicaTrainer(StageTrainer):
         """Whether replicas add anything up before they take this step."""
         return True
 
-    def may_hold(self, step: int) -> range:
-        """What the weight of that step's total may be."""
-        microbatches = self.config.plan.microbatches_per_step
-        return range(microbatches, microbatches + 1)
+    def can_be_whole(self, weight: int) -> bool:
+        """Whether a step's total may have this weight."""
+        return weight == self.config.plan.microbatches_per_step
 
     def write_contribution(self, step: int, num_microbatches: int, out_N: Tensor) -> int:
         """Writes what this replica adds to the step's total, [N] float32; returns the weight of it, in microbatches.

@@ -217,7 +217,7 @@ class Sums:
         key = f"{self._place}/{proposed.step}/{proposed.lineage}/{proposed.number}"
         result = await averaging.sum(key, members, weight, self._patience(len(averaging.values)))
         weight = result.num_microbatches
-        if weight not in self._trainer.may_hold(proposed.step):
+        if not self._trainer.can_be_whole(weight):
             raise AveragingFailed(Reason.NOT_VERIFIED, f"the sum of step {proposed.step} holds {weight} microbatches")
         self._totals[proposed.number] = Agreed(0, torch.from_numpy(averaging.total).clone(), weight)
         return f"{result.digest}/{weight}"

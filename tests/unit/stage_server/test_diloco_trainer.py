@@ -87,7 +87,7 @@ def outer_steps_of(*replicas: DilocoTrainer, step: int, shares: list[int]) -> No
         part_N = torch.empty(trainer.num_values)
         weight += trainer.write_contribution(step, num, part_N)
         parts.append(part_N)
-    assert weight in replicas[0].may_hold(step)
+    assert replicas[0].can_be_whole(weight)
     for trainer, num in zip(replicas, shares, strict=True):
         trainer.commit_agreed(step, Agreed(num, torch.stack(parts).sum(0), weight))
 
@@ -95,7 +95,10 @@ def outer_steps_of(*replicas: DilocoTrainer, step: int, shares: list[int]) -> No
 def test_outer_steps_come_every_few_steps_and_after_the_last() -> None:
     trainer = replica()
     assert [step for step in range(1, 8) if trainer.exchanges(step)] == [3, 6, 7]
-    assert [trainer.may_hold(step) for step in (3, 6, 7)] == [range(M, 3 * M + 1), range(M, 3 * M + 1), range(M, M + 1)]
+
+
+def test_a_total_without_some_of_the_steps_own_microbatches_is_not_whole() -> None:
+    assert [replica().can_be_whole(weight) for weight in (0, M - 1, M, 3 * M)] == [False, False, True, True]
 
 
 def test_between_outer_steps_one_replica_trains_as_a_stage_without_any() -> None:
