@@ -106,12 +106,22 @@ async def restore(
     """
     if any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage)):
         return None
-    source = newest_copy(snapshot, epoch, stage)
     store = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
-    if source is None or source.step <= max(store.steps(), default=0):
+    own_copies = CheckpointStore(copies_folder(state_folder / run_id) / f"stage-{stage}", run_id, stage)
+    held, own = (max(kept.steps(), default=0) for kept in (store, own_copies))
+    source = newest_copy(snapshot, epoch, stage)
+    if own > held and (source is None or own >= source.step):
+        await asyncio.to_thread(_adopt_copy, own_copies, own, store)  # this machine was the one that kept it
+        return own
+    if source is None or source.step <= held:
         return None
     await _fetch(source, run_id, store, on_progress)
     return source.step
+
+
+def _adopt_copy(copies: CheckpointStore, step: int, store: CheckpointStore) -> None:
+    tensors, lineage = copies.load(step), copies.lineage(step)
+    store.save(step, tensors, lineage)
 
 
 async def _fetch(
