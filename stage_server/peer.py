@@ -398,6 +398,10 @@ class StagePeer:
     def link_opened(self, side: Side, committed: int, held: Sequence[MicrobatchId]) -> None:
         self._replays.opened(side, committed, held)
 
+    def look_again(self) -> None:
+        """What is to be computed next may have changed, though nothing has come from a neighbour."""
+        self._wake.set()
+
     def woken(self) -> None:
         self._wake.set()
         if self.on_progress is not None:

@@ -190,6 +190,7 @@ class ReplicaGroup:
         self._act(self._agreement.in_sight(words, claims))
         for word in words.values():
             self._act(self._agreement.receive_tally(word.tally))
+        self._peer.look_again()  # what others had begun may be left to this replica
 
     def _introduce(self, heard: Mapping[str, ReplicaWord], words: Mapping[str, ReplicaWord]) -> None:
         """Nothing is computed before the others were heard and can be averaged with: they may be steps ahead."""
@@ -243,6 +244,7 @@ class ReplicaGroup:
         self._peer.note_evaluation()
         self._act(self._agreement.receive_tally(word.tally))
         self._progress()
+        self._peer.look_again()  # others have begun something, or have given it up
 
     def _progress(self) -> None:
         """The ledger or the agreement may have changed."""
@@ -290,7 +292,10 @@ class ReplicaGroup:
                     self._resyncing = self._background.start(self._take_over(peer))
         if self._round is not None and not self._agreement.is_frozen:
             self._drop_round()
+        was_frozen = self._ledger.frozen
         self._duties.freeze()
+        if was_frozen and not self._ledger.frozen:
+            self._peer.look_again()
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
