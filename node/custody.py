@@ -25,8 +25,8 @@ from stage_server.state_plan import StateProgress
 log = logging.getLogger(__name__)
 
 LOOK = timedelta(seconds=5)
-SHARE = 0.1
-"""Of the time, at most, goes into copying: links are there for training."""
+SHARE = 0.02
+"""Of the time, at most, goes into copying: machines and links are there for training."""
 
 
 def copies_folder(run_folder: Path) -> Path:
