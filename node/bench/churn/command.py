@@ -227,6 +227,8 @@ class _Findings:
         await asyncio.sleep(self._plan.stop_seconds)
         swarm.go_on(name)
         await asyncio.sleep(self._plan.every_seconds)
+        while swarm.is_needed(name):  # noqa: ASYNC110 - nobody who cares leaves as the last of a stage
+            await asyncio.sleep(1.0)
         swarm.ask_to_leave(name)
 
     def _count(self, records: Path) -> None:

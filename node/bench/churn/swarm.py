@@ -140,6 +140,11 @@ class ChurnSwarm:
             if process.is_running():
                 process.send_signal(signal.SIGCONT)
 
+    def is_needed(self, name: str) -> bool:
+        """Whether nobody else serves its stage."""
+        stage = self._stage.get(name)
+        return stage is not None and not any(other != name and at == stage for other, at in self.serving.items())
+
     def ask_to_leave(self, name: str) -> None:
         """As a person does with Ctrl+C: it drains. Nothing happens to one that is struck or gone."""
         if name in self._peers and name not in self._stopped and name not in self._cut:
