@@ -137,7 +137,7 @@ def test_a_status_that_was_overtaken_is_ignored(tmp_path: Path) -> None:
         await stream.send(UP(status=status(1, committed_step=1, durable_step=0)))
         await stream.send(latents_frame(one_latents()))
         await until(lambda: bool(bench.peer.ledger.holdings(Side.UPSTREAM)))
-        assert bench.peer.ledger._peers[Side.UPSTREAM][SOLE].durable == 2
+        assert bench.peer.ledger._marks[Side.UPSTREAM].of(SOLE).durable == 2
 
     run(tmp_path, scenario)
 
