@@ -170,8 +170,8 @@ class SumRunner(AllReduceRunner):  # type: ignore[misc]
         """Sends a member the values that it adds up, and registers the sums that come back.
 
         Once the answering end has sent its last message it closes, and hivemind's daemon then resets the stream: what
-        has not been read at this end may be lost (about one round in a hundred over links of 80 ms). The answering end
-        ends when its input does; so here the input does not end before all sums are there.
+        has not been read at this end may be lost, over links of 80 ms now and then even in a quiet swarm. The answering
+        end ends when its input does; so here the input does not end before all sums are there.
         """
         container, index = self.tensor_part_container, self.ordered_peer_ids.index(peer_id)
         num_parts, received = container.num_parts_by_peer[index], asyncio.Event()

@@ -211,6 +211,12 @@ def is_way_in(address: str) -> bool:
         return False
 
 
+def port_of(address: str) -> int | None:
+    """The port in a full multiaddress of a directory peer; None where it is none."""
+    match = _WAY_IN.fullmatch(address)
+    return None if match is None else int(match["port"])
+
+
 @dataclass(frozen=True, slots=True)
 class DirectorySnapshot:
     """A run's peers by stage, as one reader saw them at one moment."""

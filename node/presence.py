@@ -72,7 +72,6 @@ class Presence:
         self._links = links
         self._rate = ServiceRate(entry.throughput)
         self._shared = shared
-        self._group = shared.group if shared else None
         self._current: str | None = None  # peer id of the next hop
         self.beside: int | None = None
         """A stage that this peer has claimed too, because it is about to move there."""
@@ -115,17 +114,17 @@ class Presence:
 
     def _throughput(self) -> float:
         """Where peers share stages their rates decide who does how much, so they are followed."""
-        if self._group is None:
+        if self._shared is None:
             return self._entry.throughput
         totals = self._peer.totals
         rate = self._rate.follow(totals.microbatches[Result.TRAINED], totals.compute_seconds)
-        self._group.throughput = rate
+        self._shared.group.throughput = rate
         return rate
 
     def _state(self) -> records_pb2.PeerState.ValueType:
         if self._peer.draining and not self._reporter.complete:
             return DRAINING
-        if self._group is not None and not self._group.serving:
+        if self._shared is not None and not self._shared.group.serving:
             return RESERVED  # it takes over another replica's state
         return COMPLETE if self._reporter.complete else SERVING
 
@@ -163,8 +162,9 @@ class Presence:
             if towards is None:
                 await self._swarm.withdraw_peer()
             else:
-                entry = replace(self._entry, state=RESERVED, epoch=towards.number, epoch_step=towards.step)
-                await self._swarm.publish_peer(replace(entry, committed_step=towards.step))
+                number, step = towards.number, towards.step
+                entry = replace(self._entry, state=RESERVED, epoch=number, epoch_step=step, committed_step=step)
+                await self._swarm.publish_peer(entry)
         except DirectoryLost as error:
             log.warning("the entry stays until it expires: %s", error)
 
@@ -203,7 +203,7 @@ class Presence:
 
     def _check_claim(self, snapshot: DirectorySnapshot) -> None:
         """Two peers that claimed one stage within a slow directory's blind moment: the later claim gives way."""
-        if self._group is not None:
+        if self._shared is not None:
             return
         me, stage = self._entry.peer_id, self._entry.stage
         if snapshot.find(me) is not None and not resolve_reservation(snapshot, me, stage, now=time.time()):

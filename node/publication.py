@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -12,7 +11,6 @@ from node.errors import ConfigUnreadable
 from stage_server.config import Frozen
 
 FILE_NAME = "published.json"
-_PORT = re.compile(r"/tcp/(\d+)/")
 
 
 class Publication(Frozen):
@@ -46,9 +44,3 @@ def recall(folder: Path) -> Publication:
             f"no run was published from {folder}, or {path.name} cannot be read",
             remedy="publish one with --run or --preset, or name the coordinator's folder with --state-dir",
         ) from error
-
-
-def port_of(addresses: list[str], otherwise: int) -> int:
-    """The port in a directory's own multiaddresses."""
-    ports = [int(match[1]) for address in addresses if (match := _PORT.search(address))]
-    return ports[0] if ports else otherwise

@@ -78,5 +78,8 @@ class SoleRoute(Routes):
     def to(self, name: MicrobatchId) -> str | None:
         return self._peer
 
+    def asked(self, name: MicrobatchId, peer: str) -> None:
+        """Known beforehand: nothing to keep."""
+
     def askers(self, name: MicrobatchId) -> frozenset[str]:
         return frozenset({self._peer})

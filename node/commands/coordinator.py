@@ -52,6 +52,7 @@ def coordinator(
 
     Example: resbm-node coordinator --preset demo
     """
+    from coordinator.directory import port_of
     from node import folders, identity, publication
     from node.config import dump_toml
     from node.events import emit
@@ -70,7 +71,7 @@ def coordinator(
         key = identity.load_or_create(folder / "identity.key")
         swarm = _start_swarm(key.seed, host=host, announce=announce, port=port, folder=folder)
         try:
-            port = publication.port_of(swarm.addresses(), otherwise=port)
+            port = next(filter(None, map(port_of, swarm.addresses())), port)
             published = publication.Publication(config_toml=dump_toml(config), host=host, announce=announce, port=port)
             publication.remember(folder, published)
             asyncio.run(_serve(swarm, config, folder, say))

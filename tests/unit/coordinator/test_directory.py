@@ -10,7 +10,7 @@ import pytest
 from resbm_pb import records_pb2
 
 from coordinator import identity, records
-from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry, stage_key
+from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry, port_of, stage_key
 from coordinator.errors import RecordForged, RecordInvalid
 from coordinator.reading import snapshot_of
 
@@ -133,3 +133,9 @@ def test_snapshot_views() -> None:
     assert snapshot.all_peers() == (other, ENTRY, older)
     assert snapshot.find(ME) == ENTRY  # the newest of two
     assert snapshot.find("B") is None
+
+
+def test_the_port_of_a_directory_peer_is_in_its_address() -> None:
+    peer_id = "12D3KooWQKQm9VyX3bx6V6aHgGJDgpwg7S45i55jj6mGxEgP4Qzr"
+    assert port_of(f"/ip4/127.0.0.1/tcp/4321/p2p/{peer_id}") == 4321
+    assert port_of("/ip4/127.0.0.1/tcp/4321") is None

@@ -27,8 +27,3 @@ def test_without_a_run_there_is_nothing_to_resume(tmp_path: Path, text: str | No
         (tmp_path / publication.FILE_NAME).write_text(text)
     with pytest.raises(ConfigUnreadable, match="no run was published"):
         publication.recall(tmp_path)
-
-
-def test_the_port_is_that_of_the_directory_s_own_address() -> None:
-    assert publication.port_of(["/ip4/127.0.0.1/tcp/4321/p2p/12D3"], otherwise=0) == 4321
-    assert publication.port_of([], otherwise=5) == 5
