@@ -6,7 +6,7 @@ Base58 has no characters that look alike, that a shell treats specially or that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,8 @@ from coordinator.identity import PUBLIC_KEY_BYTES
 
 PREFIX: Final = "resbm1"
 MAX_BOOTSTRAP: Final = 16
+MAX_RENEWED: Final = 8
+"""Addresses in a ticket that a peer makes: one that answers is enough, and people paste tickets."""
 _MAX_TEXT_CHARACTERS = 8192
 _CHECKSUM_BYTES = 4
 
@@ -39,6 +41,17 @@ def encode_ticket(run_id: str, bootstrap: Sequence[str], publisher: bytes) -> st
     message = records_pb2.Ticket(run_id=run_id, bootstrap=bootstrap, publisher=publisher)
     payload = message.SerializeToString(deterministic=True)
     return PREFIX + str(base58.b58encode(payload + _checksum(payload)), "ascii")
+
+
+def renewed_ticket(ticket: Ticket, peers: Iterable[Sequence[str]]) -> str:
+    """A ticket for the same run that names living peers first, and what the old one named as far as there is room.
+
+    Args:
+        peers: each one's multiaddresses, best first; who comes first is named first, each by one address.
+    """
+    living = [addresses[0] for addresses in peers if addresses][:MAX_RENEWED]
+    named = dict.fromkeys([*living, *ticket.bootstrap])
+    return encode_ticket(ticket.run_id, list(named)[:MAX_RENEWED], ticket.publisher)
 
 
 def decode_ticket(text: str) -> Ticket:

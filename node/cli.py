@@ -29,6 +29,7 @@ from node.commands.init import init
 from node.commands.join import join
 from node.commands.reference import reference
 from node.commands.status import status
+from node.commands.ticket import ticket
 from node.errors import CodedError, as_event, describe
 
 EXIT_REFUSED = 2
@@ -49,7 +50,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in (demo, init, coordinator, join, status, reference, doctor):
+    for command in (demo, init, coordinator, join, ticket, status, reference, doctor):
         app.command(command.__name__)(guarded(command))
     bench = typer.Typer(
         help="Measure: each benchmark compares in one run and writes its full result to a file.",

@@ -19,6 +19,8 @@ from coordinator.epochs import Epoch, epoch_of
 from coordinator.errors import DirectoryLost, StageUnavailable
 from coordinator.routing import choose_next_hop, choose_next_hops
 from coordinator.swarm import PEER_RENEWAL, Swarm
+from coordinator.ticket import Ticket
+from node import invitation
 from node.acquaintances import remember
 from node.custody import Custodian
 from node.epochs import EpochWatch
@@ -61,10 +63,11 @@ class Presence:
         *,
         links: LinkWatch,
         state_folder: Path,
+        ticket: Ticket,
         shared: Shared | None = None,
     ) -> None:
         """`entry`: the peer's place as settled; its changing fields are filled in."""
-        self._state_folder = state_folder
+        self._state_folder, self._ticket = state_folder, ticket
         self._swarm = swarm
         self._entry = entry
         self._peer = peer
@@ -175,6 +178,7 @@ class Presence:
             self._state_folder,
             (a for e in snapshot.all_peers() if e.peer_id != self._entry.peer_id for a in e.bootstrap),
         )
+        invitation.keep_fresh(self._state_folder, invitation.of_swarm(self._ticket, snapshot, self._entry.peer_id))
         metrics = self._reporter.metrics
         metrics.set_swarm(SwarmView.of(snapshot), contribution(snapshot, self._entry.peer_id))
         self._check_claim(snapshot)

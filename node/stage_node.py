@@ -264,7 +264,16 @@ class StageNode:
             whence = " from a copy that peers of the next stage keep" if restored else ""
             note(f"step {committed} of {config.plan.steps}{whence}" if committed else "initial weights")
         shared = self._shared(config, entry, parts, reporter, restored=restored)
-        presence = Presence(self._swarm, entry, self._peer, reporter, links=links, state_folder=folder, shared=shared)
+        presence = Presence(
+            self._swarm,
+            entry,
+            self._peer,
+            reporter,
+            links=links,
+            state_folder=folder,
+            ticket=self._ticket,
+            shared=shared,
+        )
         with self._steps.step("live") as note:
             served = ServedStage(config.run_id, self._describe, self._peer.serve_link, parts.checkpoints)
             if shared is not None:

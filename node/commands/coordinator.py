@@ -97,6 +97,7 @@ def _start_swarm(seed: bytes, *, host: str, announce: str, port: int, folder: Pa
 
 async def _serve(swarm: Swarm, config: RunConfig, folder: Path, say: Say) -> None:
     """Until SIGINT, SIGTERM or the directory's death (DirectoryLost)."""
+    from node import invitation
     from node.config import dump_toml
     from node.events import TicketPrinted
     from node.supervisor import stop_on_signals
@@ -113,7 +114,7 @@ async def _serve(swarm: Swarm, config: RunConfig, folder: Path, say: Say) -> Non
     with stop_on_signals(stopping.set):
         await publish()
         ticket = swarm.ticket(config.run_id)
-        (folder / "ticket").write_text(ticket + "\n")
+        invitation.write(folder, ticket)
         say(TicketPrinted(ticket=ticket, run_id=config.run_id))
         await first_of(stopping.wait(), _republish(swarm, publish), _tell_peers(swarm, config, say))
 

@@ -38,6 +38,21 @@ Seed = Annotated[
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines only, for scripts.")]
 
 
+def kept_ticket(state_dir: Path | None) -> str:
+    """The newest ticket that this machine's coordinator or peer has left in a state folder (default: the user's).
+
+    Raises:
+        typer.BadParameter: neither has.
+    """
+    from node import folders, invitation
+
+    folder = state_dir or folders.state_folder()
+    text = invitation.read(folder)
+    if not text:
+        raise typer.BadParameter(f"neither a coordinator nor a peer has left a ticket in {folder}: give one")
+    return text
+
+
 def chosen_run(
     run: Path | None,
     preset: str | None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def status(
     ticket: Annotated[
-        str | None, typer.Argument(help="The run's ticket; default: the one this machine's coordinator wrote.")
+        str | None, typer.Argument(help="The run's ticket; default: that of this machine's coordinator or peer.")
     ] = None,
     *,
     state_dir: Annotated[
@@ -39,24 +39,14 @@ def status(
     Example: resbm-node status --watch
     """
     from coordinator.ticket import decode_ticket
-    from node import folders
 
-    text = ticket or _last_ticket(state_dir or folders.state_folder())
-    decoded = decode_ticket(text)
+    decoded = decode_ticket(ticket or options.kept_ticket(state_dir))
     with tempfile.TemporaryDirectory(prefix="resbm-node-status-") as folder:
         swarm = _start_swarm(decoded, host, Path(folder))
         try:
             asyncio.run(_show(swarm, decoded, watch=watch, json_lines=json_lines))
         finally:
             swarm.close()
-
-
-def _last_ticket(folder: Path) -> str:
-    """The ticket that a coordinator on this machine wrote down."""
-    for path in (folder / "ticket", folder / "coordinator" / "ticket"):
-        if path.is_file():
-            return path.read_text().strip()
-    raise typer.BadParameter(f"no coordinator has left a ticket in {folder}: give one", param_hint="TICKET")
 
 
 def _start_swarm(ticket: Ticket, host: str, folder: Path) -> Swarm:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.ticket import decode_ticket
 from node.config import dump_toml, preset, validated
 from node.data import load_corpus
 from node.events import Complete, Event, Live, StageStep, TicketPrinted, Worker, parse_event
@@ -76,6 +77,36 @@ def test_a_worker_killed_after_the_coordinator_comes_back_and_the_run_ends(tmp_p
             assert isinstance(complete, Complete)
             assert complete.step == STEPS
         assert len([event for event in peers[0].events() if isinstance(event, Live)]) >= 2
+    finally:
+        for node in reversed(nodes):
+            node.leave()
+
+
+@pytest.mark.timeout(180)
+def test_a_newcomer_joins_with_a_peers_ticket_when_the_coordinator_is_gone(tmp_path: Path) -> None:
+    values = preset("tiny").with_overrides(stages=2, steps=100_000).model_dump()
+    values["replicas"]["averaging"] = "sync"
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(dump_toml(validated(values, "test")))
+    nodes: list[Node] = []
+
+    def start(name: str, *arguments: str) -> Node:
+        nodes.append(Node(tmp_path / name, *arguments))
+        return nodes[-1]
+
+    try:
+        coordinator = start("coordinator", "coordinator", "--run", str(run_file), "--host", "127.0.0.1")
+        ticket = coordinator.wait_for(TicketPrinted)
+        assert isinstance(ticket, TicketPrinted)
+        place = ("--host", "127.0.0.1", "--threads", "1")
+        start("a", "join", ticket.ticket, "--stage", "0,1", *place).wait_for(StageStep)
+        os.kill(coordinator.process.pid, signal.SIGKILL)
+        coordinator.process.wait(10)
+        command = [sys.executable, "-m", "node.cli", "ticket", "--state-dir", str(tmp_path / "a")]
+        fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+        assert decode_ticket(fresh).bootstrap[:-1]  # a's own address, and the coordinator's after it
+        assert decode_ticket(fresh).bootstrap[-1:] == decode_ticket(ticket.ticket).bootstrap
+        start("b", "join", fresh, *place).wait_for(StageStep)
     finally:
         for node in reversed(nodes):
             node.leave()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from node import invitation
 from node.bench.churn.journal import Journal, Struck
 from node.bench.churn.schedule import Blow
 from node.demo import COMMAND, COORDINATOR, Child, Place
@@ -63,7 +64,7 @@ class ChurnSwarm:
         """One more peer. `late`: the swarm runs already, so that the time it takes to take part is of interest."""
         self._number += 1
         name = peer_name(self._number)
-        command = [*COMMAND, "join", await self._ticket, "--stage", "auto", "--max-stages", "1", "--json"]
+        command = [*COMMAND, "join", await self._current_ticket(), "--stage", "auto", "--max-stages", "1", "--json"]
         command += ["--device", "cpu", "--host", self._place.address(name), "--threads", "1"]
         command += ["--state-dir", str(self._folder / name)]
         self._peers[name] = Child(name, self._place.command(name, command), self._folder)
@@ -72,6 +73,13 @@ class ChurnSwarm:
         if late:
             self.journal.joined[name] = time.monotonic()
         return name
+
+    async def _current_ticket(self) -> str:
+        """The coordinator's; when that is gone, what `resbm-node ticket` prints on a machine that takes part."""
+        if self._coordinator is not None:
+            return await self._ticket
+        kept = (invitation.read(self._folder / name) for name in self.serving)
+        return next(filter(None, kept), await self._ticket)
 
     async def until_settled(self, name: str) -> None:
         """Until the peer has a stage: of several that measure at once, each finds the machine slow."""
@@ -83,6 +91,7 @@ class ChurnSwarm:
         """SIGKILL, and it never comes back."""
         if self._coordinator is not None:
             kill_tree(self._coordinator.process.pid)
+            self._coordinator = None
 
     @property
     def serving(self) -> Mapping[str, int]:

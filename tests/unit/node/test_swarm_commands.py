@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,15 @@ import typer
 from rich.console import Console
 
 from coordinator.directory import COMPLETE, SERVING, DirectorySnapshot, PeerEntry
-from node import status_view
-from node.commands import coordinator, join, status
+from coordinator.ticket import Ticket, decode_ticket
+from node import invitation, status_view
+from node.commands import coordinator, join, options
 from node.events import PeerSeen
 from node.swarm_view import SwarmView
+
+
+def way_in(number: int) -> str:
+    return f"/ip4/192.0.2.{number}/tcp/31337/p2p/12D3KooWExamplePeer0123456789"
 
 
 def entry(stage: int, peer_id: str = "12D3KooWExamplePeer0123456789", **values: object) -> PeerEntry:
@@ -116,13 +122,34 @@ def test_rates_are_told_in_bits(rate: float, text: str) -> None:
     assert status_view.short_rate(rate) == text
 
 
-def test_the_last_ticket_is_found_where_a_coordinator_leaves_it(tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="no coordinator"):
-        status._last_ticket(tmp_path)
+def test_the_newest_ticket_is_found_where_a_coordinator_or_a_peer_leaves_it(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="neither a coordinator nor a peer"):
+        options.kept_ticket(tmp_path)
     (tmp_path / "coordinator").mkdir()
-    (tmp_path / "coordinator" / "ticket").write_text("resbm1abc\n")
-    assert status._last_ticket(tmp_path) == "resbm1abc"
-    assert status._last_ticket(tmp_path / "coordinator") == "resbm1abc"
+    invitation.write(tmp_path / "coordinator", "resbm1abc")
+    assert options.kept_ticket(tmp_path) == options.kept_ticket(tmp_path / "coordinator") == "resbm1abc"
+    invitation.write(tmp_path, "resbm1peer")
+    os.utime(tmp_path / "coordinator" / "ticket", (1.0, 1.0))
+    assert options.kept_ticket(tmp_path) == "resbm1peer"
+
+
+def test_a_peers_ticket_names_itself_and_then_those_that_serve_longest() -> None:
+    ticket = Ticket("r", (way_in(99),), bytes(32))
+    peers = [entry(n % 3, f"peer{n}", bootstrap=(way_in(n), way_in(50)), reserved_at=10.0 - n) for n in range(10)]
+    renewed = decode_ticket(invitation.of_swarm(ticket, DirectorySnapshot.of("r", 3, peers, taken_at=5.0), "peer2"))
+    assert renewed == Ticket("r", tuple(way_in(n) for n in (2, 9, 8, 7, 6, 5, 4, 3)), ticket.publisher)
+    few = DirectorySnapshot.of("r", 3, peers[:1], taken_at=5.0)
+    assert decode_ticket(invitation.of_swarm(ticket, few, "peer0")).bootstrap == (way_in(0), way_in(99))
+
+
+def test_a_ticket_is_written_only_when_it_is_another(tmp_path: Path) -> None:
+    invitation.keep_fresh(tmp_path, "resbm1a")
+    before = (tmp_path / "ticket").stat().st_ino
+    invitation.keep_fresh(tmp_path, "resbm1a")
+    assert (tmp_path / "ticket").stat().st_ino == before
+    invitation.keep_fresh(tmp_path, "resbm1b")
+    assert invitation.read(tmp_path) == "resbm1b"
+    invitation.keep_fresh(tmp_path / "gone", "resbm1b")  # a warning, no error
 
 
 def test_who_came_and_who_went_is_told_and_a_move_is_both() -> None:
