@@ -47,6 +47,9 @@ def churn(
     seconds: Annotated[float, typer.Option(min=1, help="Seconds of churn.")] = 600.0,
     every: Annotated[float, typer.Option(min=1, help="Seconds between two blows.")] = 20.0,
     stop: Annotated[float, typer.Option(min=0, help="Seconds that a stopped peer sleeps.")] = 15.0,
+    spare: Annotated[
+        int, typer.Option(min=0, help="Peers to whom nothing happens: what a long run does to a peer is seen in them.")
+    ] = 0,
     rate: Annotated[float, typer.Option(min=0.01, help="Mbit/s of each up-link and down-link.")] = 80.0,
     round_trip: Annotated[
         float,
@@ -88,7 +91,7 @@ def churn(
     config = validated(values, "command line")
     loopback = loopback or os.geteuid() != 0
     blows = tuple(blow for blow in Blow if blow is not Blow.CUT or not loopback)
-    plan = ChurnPlan(peers, quiet, seconds, every, stop, blows, seed)
+    plan = ChurnPlan(peers, quiet, seconds, every, stop, blows, seed, spare)
     with watching(json_lines=json_lines) as watcher:
         report = Report("churn", watcher, quick=quick, out=out)
         with _folder(folder) as where:
@@ -202,15 +205,18 @@ class _Findings:
             await asyncio.sleep(min(1.0, left))
 
     async def _strike(self, swarm: ChurnSwarm) -> None:
+        from node.bench.churn.swarm import peer_name
+
         plan = self._plan
         chance = random.Random(plan.seed)
         if self._without_coordinator:
             swarm.end_coordinator()
         total = plan.quiet_seconds + plan.churn_seconds
+        spared = {peer_name(number + 1) for number in range(plan.num_spared)}
         sleepers: set[asyncio.Task[None]] = set()
         for number in range(plan.num_blows):
             blow = chance.choice(list(plan.blows))
-            victim = choose_victim(swarm.serving, chance)
+            victim = choose_victim(swarm.serving, chance, spared)
             if victim is not None:
                 swarm.strike(blow, victim)
                 if blow is not Blow.KILL:
@@ -308,6 +314,10 @@ class _Findings:
             "recoveries_seconds": journal.recoveries(),
             "joins_seconds": journal.join_times(),
             "evaluations": journal.evaluations,
+            "memory_bytes": {
+                peer: [(round(sample.at - start, 1), sample.memory_bytes) for sample in samples]
+                for peer, samples in self.health.survivors().items()
+            },
             "memory_slopes_bytes_per_second": {p: asdict(slope) for p, slope in self.health.memory_slopes().items()},
             "verified": [asdict(verified) for verified in self.verified],
         }

@@ -1,8 +1,12 @@
-"""Whether peers that live long grow: their memory and open files over time, and what a run leaves behind."""
+"""Whether peers that live long grow: their memory and open files over time.
+
+Memory is proportional (PSS): a peer is several processes that share most pages with the one they were forked from.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 import time
@@ -11,10 +15,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
-SAMPLE_SECONDS = 10.0
+SAMPLE_SECONDS = 20.0
 WARM_UP_SECONDS = 120.0
-"""A peer's first ones: it starts, takes over a state, and its allocators find their size."""
-FEWEST_SAMPLES = 12
+WARM_UP_SHARE = 1 / 6
+"""A peer's first part, whichever is longer: it starts, takes over a state, and its allocators find their size."""
+FEWEST_SAMPLES = 9
 HOUR = 3600.0
 MEGABYTE = 1e6
 
@@ -24,13 +29,18 @@ class Sample:
     """One peer, all its processes together."""
 
     at: float  # monotonic seconds
-    resident_bytes: int
+    memory_bytes: int
     open_files: int
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """A straight line's, by least squares, with its standard error."""
+    """A straight line's, by least squares, with its standard error.
+
+    What a peer holds at one moment is much like what it held at the one before, so there is less to learn from the
+    points than their number says: they count as n (1 - r) / (1 + r), with r the residuals' correlation from each to the
+    next (Santer et al. 2000, J. Geophys. Res. 105, section 3.1).
+    """
 
     per_second: float
     error: float
@@ -42,7 +52,16 @@ class Slope:
         line = statistics.linear_regression(xs, ys)
         residuals = [y - (line.slope * x + line.intercept) for x, y in points]
         spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
-        return cls(line.slope, math.sqrt(sum(r * r for r in residuals) / (len(points) - 2) / spread))
+        squares = sum(r * r for r in residuals)
+        return cls(line.slope, math.sqrt(squares / max(1.0, _effective(residuals, squares) - 2) / spread))
+
+
+def _effective(residuals: Sequence[float], squares: float) -> float:
+    """As how many independent ones they count."""
+    if squares <= 0.0:
+        return len(residuals)
+    follows = sum(a * b for a, b in itertools.pairwise(residuals)) / squares
+    return len(residuals) * (1 - max(0.0, follows)) / (1 + max(0.0, follows))
 
 
 @dataclass(slots=True)
@@ -53,16 +72,13 @@ class Health:
 
     def survivors(self) -> dict[str, list[Sample]]:
         """Of peers that lived long enough for a trend, what was seen after they had warmed up."""
-        settled = {
-            peer: [sample for sample in samples if sample.at - samples[0].at >= WARM_UP_SECONDS]
-            for peer, samples in self.samples.items()
-        }
+        settled = {peer: _settled(samples) for peer, samples in self.samples.items()}
         return {peer: samples for peer, samples in settled.items() if len(samples) >= FEWEST_SAMPLES}
 
     def memory_slopes(self) -> dict[str, Slope]:
         """By survivor, bytes a second."""
         return {
-            peer: Slope.of([(sample.at, float(sample.resident_bytes)) for sample in samples])
+            peer: Slope.of([(sample.at, float(sample.memory_bytes)) for sample in samples])
             for peer, samples in self.survivors().items()
         }
 
@@ -79,6 +95,11 @@ class Health:
         }
 
 
+def _settled(samples: Sequence[Sample]) -> list[Sample]:
+    warm_up = max(WARM_UP_SECONDS, WARM_UP_SHARE * (samples[-1].at - samples[0].at))
+    return [sample for sample in samples if sample.at - samples[0].at >= warm_up]
+
+
 async def keep_sampling(health: Health, pids: Callable[[], Mapping[str, int]]) -> None:
     """For ever. `pids`: by peer, its first process; those that are gone meanwhile are passed over."""
     while True:
@@ -90,12 +111,12 @@ async def keep_sampling(health: Health, pids: Callable[[], Mapping[str, int]]) -
 
 
 def _sample(pid: int) -> Sample | None:
-    resident = files = 0
+    memory = files = 0
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
-            resident += process.memory_info().rss
+            memory += process.memory_full_info().pss
             files += process.num_fds()
     except psutil.Error:  # it, or a part of it, has just ended: what was counted is no whole
         return None
-    return Sample(time.monotonic(), resident, files)
+    return Sample(time.monotonic(), memory, files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -27,6 +27,8 @@ class ChurnPlan:
     stop_seconds: float  # for how long a peer sleeps, or has no network
     blows: Sequence[Blow] = tuple(Blow)
     seed: int = 0
+    num_spared: int = 0
+    """Peers, the first ones, to whom nothing happens: what long life does to a peer is seen in them."""
 
     @property
     def num_joins(self) -> int:
@@ -38,14 +40,18 @@ class ChurnPlan:
         return max(0, round(self.churn_seconds / self.every_seconds))
 
 
-def choose_victim(serving: Mapping[str, int], chance: random.Random) -> str | None:
+def choose_victim(
+    serving: Mapping[str, int], chance: random.Random, spared: Container[str] = frozenset()
+) -> str | None:
     """Who is hit next: anybody who serves a stage that someone else serves too.
 
-    The last up-to-date peer of a stage is spared: it is the only place where the stage's newest state is.
+    The last up-to-date peer of a stage is never hit: it is the only place where the stage's newest state is.
 
     Args:
         serving: stage by name of each peer that serves now.
+        chance: decides.
+        spared: names of peers to whom nothing happens.
     """
     stages = list(serving.values())
-    candidates = sorted(name for name, stage in serving.items() if stages.count(stage) > 1)
+    candidates = sorted(name for name, at in serving.items() if stages.count(at) > 1 and name not in spared)
     return chance.choice(candidates) if candidates else None

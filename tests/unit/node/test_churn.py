@@ -7,7 +7,7 @@ import os
 import random
 from collections import Counter
 
-from node.bench.churn.health import Health, Sample, keep_sampling
+from node.bench.churn.health import Health, Sample, Slope, keep_sampling
 from node.bench.churn.journal import Counted, Journal, Struck, count_microbatches, percentile
 from node.bench.churn.schedule import Blow, ChurnPlan, choose_victim
 
@@ -17,6 +17,8 @@ def test_the_last_peer_of_a_stage_is_spared() -> None:
     hit = Counter(choose_victim(serving, random.Random(seed)) for seed in range(50))
     assert hit.keys() == {"a", "b"}
     assert choose_victim({"a": 0, "b": 1}, random.Random(0)) is None
+    assert choose_victim(serving, random.Random(0), {"a", "c"}) == "b"
+    assert choose_victim(serving, random.Random(0), {"a", "b"}) is None
 
 
 def test_a_seed_gives_the_same_churn() -> None:
@@ -88,6 +90,17 @@ def test_a_leak_shows_and_a_start_does_not() -> None:
     assert abs(slopes["sound"].per_second) < 3 * slopes["sound"].error
 
 
+def test_memory_that_wanders_is_no_trend() -> None:
+    chance, wandering, size = random.Random(1), [], 4e8
+    for turn in range(180):
+        size += chance.gauss(0.0, 1e6) - 0.1 * (size - 4e8)
+        wandering.append(Sample(20.0 * turn, int(size), 50))
+    slope = Health({"wanders": wandering}).memory_slopes()["wanders"]
+    assert abs(slope.per_second) < 2 * slope.error
+    alone = Slope.of([(float(at), float(at % 2)) for at in range(100)])  # points that say nothing of the next one
+    assert alone.error < 0.01
+
+
 def test_who_lived_too_short_says_nothing_of_trends() -> None:
     health = Health({"short": peer_samples(growth=5000.0, minutes=3)})
     assert health.summary() == {
@@ -110,5 +123,5 @@ def test_a_living_process_is_sampled_and_one_that_is_gone_is_passed_over() -> No
     health = Health()
     asyncio.run(sampled(health))
     assert set(health.samples) == {"me"}
-    assert health.samples["me"][0].resident_bytes > 1e6
+    assert health.samples["me"][0].memory_bytes > 1e6
     assert health.samples["me"][0].open_files > 0
