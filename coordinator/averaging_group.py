@@ -44,6 +44,8 @@ PATIENCE = timedelta(seconds=10)
 """How long a caller is kept waiting for this member to come to the round; then it calls again."""
 MAX_WAITING = 256
 """Callers kept waiting at once."""
+YIELDING, YIELDING_LOOK = timedelta(seconds=2), timedelta(seconds=0.05)
+"""How long a member waits to be dialled by another whose part that is, before it dials itself; how often it looks."""
 FIRST_RETRY, LAST_RETRY = timedelta(seconds=0.02), timedelta(seconds=0.5)
 MAX_ADDRESSES = 16
 NUM_REMEMBERED = 64
@@ -114,7 +116,7 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
         self._given_up: deque[str] = deque(maxlen=NUM_REMEMBERED)  # keys of rounds
         self._num_waiting = 0
         self._runner: SumRunner | None = None
-        self.awaited: set[str] = set()  # members that have not come to the round
+        self.awaited: dict[str, str] = {}  # members that have not come to the round, and how far they were got hold of
         self.total_size = len(values)
         self._pending_groups_registered = asyncio.Event()
         self._pending_groups_registered.set()
@@ -168,7 +170,7 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
     async def _meet(self, own: Contribution, members: Mapping[str, Member]) -> dict[str, Contribution]:
         """What everyone puts in, once everyone has said so."""
         others = [peer for peer in own.members if peer != self.peer_id.to_base58()]
-        self.awaited = set(others)
+        self.awaited = dict.fromkeys(others, "not reached")
         try:
             async with asyncio.TaskGroup() as calls:
                 answers = {peer: calls.create_task(self._call(members[peer], own)) for peer in others}
@@ -194,16 +196,38 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
                 if answer.code == averaging_pb2.CANCELLED:
                     raise AveragingFailed(Reason.MEMBER_LOST, f"{peer} has given the round up")
                 if answer.code == averaging_pb2.BEGIN_ALLREDUCE and len(answer.gathered) == 1:
-                    self.awaited.discard(peer)
+                    self.awaited.pop(peer, None)
                     return self._read(peer, answer.gathered[0])
             await asyncio.sleep(wait_seconds)
             wait_seconds = min(2 * wait_seconds, LAST_RETRY.total_seconds())
 
     async def _ask(self, member: Member, request: Any) -> Any:
-        await self._p2p._client.connect(member.peer, member.addresses)
+        await self._reach(member)
         stream = await self.get_stub(self._p2p, member.peer, namespace=NAMESPACE).rpc_join_group(request)
         async with contextlib.aclosing(stream):
             return await anext(stream)
+
+    async def _reach(self, member: Member) -> None:
+        """Connects to that member. Raises one of CallFailed.
+
+        Members come to a round at one moment. Two that dial each other then, from the ports that they listen on, meet
+        in a single TCP connection (its simultaneous open) which both believe to have dialled, and in which both wait
+        for the other's answer until their daemons give up. Over 80 ms that is what happens each time. So the one with
+        the smaller id dials.
+        """
+        peer = member.peer.to_base58()
+        if peer < self.peer_id.to_base58():
+            await self._be_dialled(member.peer)
+        await self._p2p._client.connect(member.peer, member.addresses)  # at once where they are connected
+        if peer in self.awaited:
+            self.awaited[peer] = "reached, but not in the round"
+
+    async def _be_dialled(self, peer: Any) -> None:
+        """Until that member has connected, or should have."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(YIELDING.total_seconds()):
+                while all(connected.peer_id != peer for connected in await self._p2p.list_peers()):  # noqa: ASYNC110 - told by another process
+                    await asyncio.sleep(YIELDING_LOOK.total_seconds())
 
     def _read(self, peer: str, message: bytes) -> Contribution:
         try:

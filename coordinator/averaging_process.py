@@ -121,7 +121,8 @@ class Service:
                 await asyncio.wait({work}, timeout=END_TIMEOUT_SECONDS)
         if in_time:
             return work.result()
-        missing = ", ".join(sorted(self._averager.awaited)) or "none of the members, but the exchange did not end"
+        awaited = sorted(self._averager.awaited.items())
+        missing = ", ".join(f"{peer} ({how})" for peer, how in awaited) or "nobody, but the exchange did not end"
         raise AveragingFailed(Reason.TIMED_OUT, f"{request['timeout_seconds']:.3g} s; missing: {missing}")
 
 

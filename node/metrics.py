@@ -18,9 +18,9 @@ from node.events import Checkpoint, Complete, Evaluation, Event, Link, Live, Sta
 from node.metric_parts import Follower, KnownGauge
 from node.swarm_view import SwarmView
 from node.tcp_links import LinkQuality
-from stage_server.ledger import Side
 from stage_server.totals import Result, Totals
 from stage_server.trainer import Direction
+from stage_server.work import Side
 
 PREFIX = "resbm_node"
 State = Literal["joining", "serving", "draining", "complete"]

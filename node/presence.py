@@ -29,9 +29,9 @@ from node.reporting import EventReporter
 from node.service_rate import ServiceRate
 from node.swarm_view import SwarmView, contribution
 from node.tcp_links import LinkWatch
-from stage_server.ledger import Side
 from stage_server.peer import StagePeer
 from stage_server.totals import Result
+from stage_server.work import Side
 
 log = logging.getLogger(__name__)
 

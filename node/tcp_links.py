@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from stage_server.ledger import Side
+from stage_server.work import Side
 
 _INFO_BYTES = 192  # linux/tcp.h up to and with tcpi_sndbuf_limited (Linux 4.10)
 _ESTABLISHED = 1

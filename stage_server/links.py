@@ -18,9 +18,9 @@ from resbm_pb import stage_pb2
 from stage_server.concurrency import until_first_ends
 from stage_server.errors import LinkLost, Oversized, ProtocolViolation, WrongRun, WrongStage, WrongVersion, refusal
 from stage_server.ids import MicrobatchId
-from stage_server.ledger import Declined, Forwarded, Outbound, Returned, Side
 from stage_server.silence import Patience, Silence
 from stage_server.wire import PROTOCOL_VERSION, decode_held, encode_held
+from stage_server.work import Declined, Forwarded, Outbound, Returned, Side
 
 Frame = stage_pb2.UpstreamFrame | stage_pb2.DownstreamFrame
 GoodbyeReason: TypeAlias = "stage_pb2.Goodbye.Reason.ValueType"

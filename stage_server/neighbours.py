@@ -17,11 +17,12 @@ from resbm_pb import stage_pb2
 
 from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded, StateLost
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.ledger import SOLE, Declined, Forwarded, Outbound, Side, StageLedger
+from stage_server.ledger import StageLedger
 from stage_server.links import Dialer, Frame, FrameStream, GoodbyeReason, LinkIdentity, LinkSession
 from stage_server.next_peer import ServiceTimes, choose_next
 from stage_server.reports import LinkReport
 from stage_server.totals import Totals
+from stage_server.work import SOLE, Declined, Forwarded, Outbound, Side
 
 REDIAL_FIRST = timedelta(milliseconds=50)
 REDIAL_LONGEST = timedelta(seconds=2)

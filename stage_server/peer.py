@@ -23,7 +23,7 @@ from stage_server.codec import Packed
 from stage_server.concurrency import until_first_ends
 from stage_server.errors import FrameError, ProtocolViolation, RewindNeeded, StageError
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import SOLE, Backward, Checkpoint, Commit, Forward, Outbound, Side, StageLedger, Task
+from stage_server.ledger import StageLedger
 from stage_server.links import Dialer, Frame, FrameStream, LinkIdentity
 from stage_server.neighbours import Neighbours
 from stage_server.optimizer import CommitReport
@@ -43,6 +43,7 @@ from stage_server.totals import Replays, Result, Totals
 from stage_server.trainer import Direction, StageTrainer
 from stage_server.window import CreditWindow, Pace, PaceMeter
 from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
+from stage_server.work import SOLE, Backward, Checkpoint, Commit, Forward, Outbound, Side, Task
 
 T = TypeVar("T")
 

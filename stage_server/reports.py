@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from stage_server.ids import StepIndex
-from stage_server.ledger import Side
 from stage_server.profile import WorkTimes
 from stage_server.trainer import MemoryReport
 from stage_server.window import NO_PACE, Pace
+from stage_server.work import Side
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stage_server.ids import MicrobatchId
-from stage_server.ledger import Side
 from stage_server.reports import LinkBytes
+from stage_server.work import Side
 
 _MOST_OUT = 4096  # microbatches whose gradient is waited for; more than any window
 _MOST_UNREAD = 4096  # hops that nobody has taken yet; the oldest go first

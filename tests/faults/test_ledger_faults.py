@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from stage_server.errors import RewindNeeded
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Side, StageLedger, Task
+from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
+from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Side, Task
 
 PRIME = (1 << 61) - 1
 MAX_EVENTS = 60_000

@@ -20,8 +20,9 @@ from coordinator.agreement import Action, Average, Commit, Propose, Resync, Roun
 from node.replication.duties import News, ReplicaDuties, sizes
 from stage_server import ledger as tasks
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.ledger import Backward, Declined, Forward, Forwarded, Outbound, Side, StageLedger, Task
+from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
+from stage_server.work import Backward, Declined, Forward, Forwarded, Outbound, Side, Task
 
 PRIME = (1 << 61) - 1
 TRAIN = MicrobatchKind.TRAIN

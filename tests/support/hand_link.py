@@ -20,7 +20,7 @@ from stage_server.codec import clip_for, forward_encoding, pack
 from stage_server.config import BottleneckConfig, CodecConfig, ModelConfig, PlanConfig, StageConfig
 from stage_server.errors import FrameError, LinkLost, StageError
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Side, StageLedger
+from stage_server.ledger import StageLedger
 from stage_server.links import LinkIdentity
 from stage_server.memory_links import MemoryNetwork, MemoryStream
 from stage_server.peer import StagePeer
@@ -28,6 +28,7 @@ from stage_server.plan import Plan
 from stage_server.reports import Report
 from stage_server.trainer import StageTrainer
 from stage_server.wire import PROTOCOL_VERSION, WireFormat
+from stage_server.work import Side
 
 RUN_ID = "0123456789abcdef"
 UINT32_MAX, UINT64_MAX = 2**32 - 1, 2**64 - 1

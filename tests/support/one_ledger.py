@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side, StageLedger, Task
+from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
+from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side, Task
 
 UP, DOWN = Side.UPSTREAM, Side.DOWNSTREAM
 UINT64_MAX = 2**64 - 1

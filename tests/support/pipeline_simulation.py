@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side, StageLedger
+from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
 from stage_server.window import CreditWindow
+from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side
 
 
 @dataclass

@@ -19,8 +19,8 @@ from node.metrics_server import MetricsServer
 from node.swarm_view import SwarmView
 from node.tcp_links import LinkQuality
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Side
 from stage_server.totals import Result, Totals
+from stage_server.work import Side
 
 PEER_ID = "12D3KooWExamplePeer"
 INFO = NodeInfo("0123456789abcdef", "demo", stage=1, num_stages=3, version="0.1.0", device="cpu")

@@ -22,8 +22,9 @@ from node.replication.messages import (
 )
 from node.replication.sources import next_source, spans
 from stage_server.errors import FrameError
-from stage_server.ledger import Forward, StageLedger
+from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
+from stage_server.work import Forward
 
 PLAN = Plan(steps=3, microbatches_per_step=6, evaluation_microbatches=2, evaluate_every=2)
 

@@ -20,7 +20,6 @@ from node.events import (
 from node.metrics import PREFIX, NodeInfo, WorkerMetrics
 from node.reporting import EventReporter, Figures
 from stage_server.ids import StepIndex
-from stage_server.ledger import Side
 from stage_server.profile import Spent, Work
 from stage_server.reports import (
     CheckpointReport,
@@ -32,6 +31,7 @@ from stage_server.reports import (
 )
 from stage_server.state_plan import StateProgress
 from stage_server.trainer import MemoryReport
+from stage_server.work import Side
 
 MEMORY = MemoryReport(
     parameters_bytes=100,

@@ -20,7 +20,7 @@ from node.tcp_links import (
     link_qualities,
     parse_tcp_info,
 )
-from stage_server.ledger import Side
+from stage_server.work import Side
 
 QUALITY = LinkQuality(0.1, 0.05, 1e6, 2.0, 0, num_bytes=100)
 NUM_BYTES = 1 << 20

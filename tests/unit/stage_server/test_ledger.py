@@ -19,7 +19,7 @@ from support.one_ledger import (
 )
 
 from stage_server.ids import MicrobatchKind, StepIndex
-from stage_server.ledger import Backward, Checkpoint, Commit, Forward, Forwarded, Returned
+from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Returned
 
 # -- order ------------------------------------------------------------------------------------------------------
 

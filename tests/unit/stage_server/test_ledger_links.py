@@ -22,8 +22,8 @@ from support.one_ledger import (
 
 from stage_server.errors import NeighbourStateLost, ProtocolViolation, RewindNeeded, WrongStep
 from stage_server.ids import MicrobatchId
-from stage_server.ledger import Checkpoint, Forward, Side
 from stage_server.plan import Plan
+from stage_server.work import Checkpoint, Forward, Side
 
 # -- checkpoints and the floor ----------------------------------------------------------------------------------
 

@@ -27,9 +27,9 @@ from support.hand_link import (
 
 from stage_server import links
 from stage_server.errors import FrameError, LinkLost
-from stage_server.ledger import Side
 from stage_server.memory_links import MemoryStream
 from stage_server.wire import PROTOCOL_VERSION, encode_held
+from stage_server.work import Side
 
 
 @pytest.fixture(autouse=True)

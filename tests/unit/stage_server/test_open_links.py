@@ -29,11 +29,11 @@ from support.hand_link import (
 
 from stage_server import links
 from stage_server.errors import FrameError, LinkLost, StateLost
-from stage_server.ledger import SOLE, Side
 from stage_server.links import LinkSession
 from stage_server.memory_links import MemoryStream
 from stage_server.reports import LinkReport
 from stage_server.wire import _latents_checksum
+from stage_server.work import SOLE, Side
 
 
 @pytest.fixture(autouse=True)

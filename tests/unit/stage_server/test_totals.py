@@ -11,9 +11,9 @@ from support.local_swarm import LocalSwarm
 
 from stage_server.config import BottleneckConfig, CodecConfig, ModelConfig, PlanConfig, StageConfig
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.ledger import Side
 from stage_server.reports import Report, StepReport
 from stage_server.totals import HopTimer, Replays, Result, Totals
+from stage_server.work import Side
 
 STEPS, MICROBATCHES, EVALUATIONS = 4, 3, 2
 
