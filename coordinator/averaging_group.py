@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
         self._given_up: deque[str] = deque(maxlen=NUM_REMEMBERED)  # keys of rounds
         self._num_waiting = 0
         self._runner: SumRunner | None = None
+        self._trusted: frozenset[str] = frozenset()  # members whose connections the last round has shown to work
         self.awaited: dict[str, str] = {}  # members that have not come to the round, and how far they were got hold of
         self.total_size = len(values)
         self._pending_groups_registered = asyncio.Event()
@@ -142,14 +144,18 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
         if own_id not in by_id or len(by_id) != len(members):
             raise AveragingFailed(Reason.MEMBER_STRANGE, "the members do not hold each averager, and this one, once")
         self._pending_groups_registered.clear()
+        began = time.monotonic()
         try:
             own = await asyncio.to_thread(self._contribution, key, tuple(sorted(by_id)), count)
             self._enter(own)
             everyone = await self._meet(own, by_id)
             await self._exchange(everyone)
+            self._trusted = frozenset(by_id)
             return await asyncio.to_thread(self._verified, everyone)
         except BaseException:
             self._given_up.append(key)
+            if time.monotonic() - began > YIELDING.total_seconds():  # it was waited for somebody, in vain
+                self._trusted = frozenset()
             raise
         finally:
             self._enter(None)
@@ -188,6 +194,10 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
         peer = member.peer.to_base58()
         request = averaging_pb2.JoinRequest(group_key=own.key)
         wait_seconds = FIRST_RETRY.total_seconds()
+        if peer not in self._trusted:
+            # One whose network was away and is back: TCP would go on with the old connection after as long again.
+            with contextlib.suppress(*CallFailed):
+                await self._p2p._client.disconnect(member.peer)
         while True:
             with contextlib.suppress(*CallFailed):
                 answer = await self._ask(member, request)

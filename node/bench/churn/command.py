@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from node.demo import Place
 
 FORMING_SECONDS = 180.0
+RECORDED_SECONDS = 70.0
+"""A recorded step for about as many of the run's seconds: a sample that does not grow with a long run."""
+FEWEST_BETWEEN_RECORDS = 10  # steps
+MOST_COMPARED = 1000
+"""Steps after which the loss is compared with an undisturbed run's at the latest: one process trains them all again."""
 PRESET = "tiny"
 
 
@@ -168,7 +173,7 @@ class _Findings:
         run_file = self._folder / "run.toml"
         run_file.write_text(dump_toml(self._config))
         not_ours = _descendants()
-        swarm = ChurnSwarm(run_file, self._config.stages, self._folder, place, record_every=10)
+        swarm = ChurnSwarm(run_file, self._config.stages, self._folder, place, record_every=self._record_every())
         self.journal = swarm.journal
         sampling = asyncio.create_task(keep_sampling(self.health, lambda: swarm.pids))
         try:
@@ -260,10 +265,14 @@ class _Findings:
             self._doing(f"training {self._evaluated} steps undisturbed", 0.98)
             self.undisturbed_loss = undisturbed_loss(self._config, self._evaluated)
 
+    def _record_every(self) -> int:
+        seconds = self._plan.quiet_seconds + self._plan.churn_seconds
+        return max(FEWEST_BETWEEN_RECORDS, round(seconds / RECORDED_SECONDS))
+
     @property
     def _evaluated(self) -> int:
-        """Steps before the last evaluation; 0: there was none."""
-        return max(self.journal.evaluations, default=0)
+        """Steps before the last evaluation that is compared; 0: there was none."""
+        return max((step for step in self.journal.evaluations if step <= MOST_COMPARED), default=0)
 
     # -- results ------------------------------------------------------------------------------------------------
 
