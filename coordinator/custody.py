@@ -52,5 +52,16 @@ def newest_copy(snapshot: DirectorySnapshot, epoch: Epoch, stage: int) -> Source
     return _source(stage, newest, [entry for entry in keepers if entry.copied_step == newest]) if newest else None
 
 
+def newest_to_keep(snapshot: DirectorySnapshot, epoch: Epoch, stage: int, me: str, common_every: int) -> Source | None:
+    """What to copy next: from the stage's own peers, unless other keepers have a newer one than they.
+
+    A stage that stands behind may have lost its common checkpoints, so that its copies are all that there is of them:
+    they must outlive those who keep them.
+    """
+    own = newest_common(snapshot, epoch, stage, common_every)
+    kept = newest_copy(snapshot.where(lambda entry: entry.peer_id != me), epoch, stage)
+    return kept if own is None or (kept is not None and kept.step > own.step) else own
+
+
 def _source(stage: int, step: int, entries: Sequence[PeerEntry]) -> Source:
     return Source(stage, step, tuple(entry.endpoints[0] for entry in entries))

@@ -64,16 +64,24 @@ def _is_founded(epoch: Epoch, snapshot: DirectorySnapshot) -> bool:
     )
 
 
+def epoch_of_fellows(snapshot: DirectorySnapshot, own: Epoch, stage: int) -> Epoch | None:
+    """The newest epoch that a peer of this stage has begun, founded or not; None: none that supersedes `own`."""
+    begun = [epoch for epoch in map(epoch_of, snapshot.at(stage)) if epoch.supersedes(own)]
+    return max(begun, key=lambda epoch: (epoch.number, -epoch.step), default=None)
+
+
 def next_epoch(snapshot: DirectorySnapshot, own: Epoch) -> Epoch | None:
-    """Where the run could go back to; None while a stage has nobody who says what it holds."""
+    """Where the run could go back to; None while a stage has nobody who says what it holds.
+
+    A stage has what its peers have, and what others keep copies of.
+    """
     common: set[int] | None = None
-    for entries in snapshot.peers:
-        held = {
-            step
-            for entry in entries
-            if _serves(entry) and epoch_of(entry) == own
-            for step in (0, *entry.checkpoints)  # anybody can make the initial weights
-        }
+    for stage, entries in enumerate(snapshot.peers):
+        serving = [entry for entry in entries if _serves(entry) and epoch_of(entry) == own]
+        # anybody can make the initial weights
+        held = {step for entry in serving for step in (0, *entry.checkpoints)}
+        if held:
+            held |= {e.copied_step for e in snapshot.all_peers() if e.copied_stage == stage and epoch_of(e) == own}
         common = held if common is None else common & held
     return Epoch(own.number + 1, max(common)) if common else None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from coordinator.custody import Source, newest_common, newest_copy, stage_in_custody
+from coordinator.custody import Source, newest_copy, newest_to_keep, stage_in_custody
 from coordinator.directory import SERVING, DirectorySnapshot
 from coordinator.epochs import Epoch, epoch_of
 from coordinator.errors import DirectoryLost
@@ -71,7 +71,7 @@ class Custodian:
             return  # what is here stays: it may be the last one
         if self._store is None or self._store.stage != stage:
             self._store = self._store_of(stage)
-        source = newest_common(snapshot, epoch, stage, self._common_every)
+        source = newest_to_keep(snapshot, epoch, stage, self._swarm.peer_id, self._common_every)
         steps = self._store.steps()
         if source is None or (steps and steps[-1] >= source.step):
             return
@@ -89,6 +89,17 @@ class Custodian:
         kept = [stage for stage in stages if (copies_folder(self._folder) / f"stage-{stage}").exists()]
         stores = [store for store in map(self._store_of, kept) if store.steps()]
         return max(stores, key=lambda store: store.steps()[-1], default=None)
+
+
+def awaits_copy(snapshot: DirectorySnapshot, state_folder: Path, run_id: str, stage: int, epoch: Epoch) -> bool:
+    """Whether the run went back to a step that this machine does not have of its stage, and nobody has told of yet.
+
+    Whoever keeps it is being started in the new epoch too.
+    """
+    if any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage)):
+        return False
+    held = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage).steps()
+    return max(held, default=0) < epoch.step
 
 
 async def restore(

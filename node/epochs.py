@@ -12,7 +12,7 @@ from pathlib import Path
 
 from coordinator.custody import newest_copy
 from coordinator.directory import SERVING, DirectorySnapshot, PeerEntry
-from coordinator.epochs import FIRST, Epoch, Stall, is_left_behind, newest_epoch, next_epoch
+from coordinator.epochs import FIRST, Epoch, Stall, epoch_of_fellows, is_left_behind, newest_epoch, next_epoch
 from node.custody import copies_folder
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import RewindNeeded
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 EPOCH_FILE = "epoch.json"
 PATIENCE = timedelta(seconds=30)
 """A stage that others have left behind, and that nothing has changed in for so long, cannot go on."""
+PATIENCE_WITH_FELLOWS = timedelta(seconds=5)
+"""The same, where another peer of the stage has found out already."""
 PATIENCE_BEFORE_ALL_IS_LOST = timedelta(minutes=10)
 """For how long somebody may come back with a stage's state before the run starts from the beginning for want of it."""
 
@@ -98,6 +100,7 @@ class EpochWatch:
         self.epoch = epoch
         self._peer_id, self._ledger = peer_id, ledger
         self._stall = Stall(0.0 if restored else PATIENCE.total_seconds())
+        self._short_stall = Stall(PATIENCE_WITH_FELLOWS.total_seconds())
         self._long_stall = Stall(PATIENCE_BEFORE_ALL_IS_LOST.total_seconds())
 
     def look(self, snapshot: DirectorySnapshot, *, serving: bool) -> None:
@@ -107,11 +110,14 @@ class EpochWatch:
             raise EpochBegins(newest, f"the run goes back to step {newest.step}: a stage lost what followed")
         ledger, now = self._ledger, time.monotonic()
         copy = newest_copy(snapshot, self.epoch, ledger.stage)
-        if copy is not None and copy.step > ledger.committed and self._is_alone(snapshot):
+        if copy is not None and copy.step > ledger.committed and not self._somebody_serves(snapshot, copy.step):
             raise CopyAtHand(f"a copy of stage {ledger.stage} at step {copy.step} is at hand", ledger.committed)
         left = serving and is_left_behind(snapshot, self.epoch, ledger.stage, ledger.committed)
         progress = ledger.committed, ledger.done, ledger.begun
         stalled = self._stall.lasts(now, progress, left_behind=left)
+        fellows = epoch_of_fellows(snapshot, self.epoch, ledger.stage)
+        if self._short_stall.lasts(now, progress, left_behind=left) and fellows is not None:
+            raise EpochBegins(fellows, f"stage {ledger.stage} goes back to step {fellows.step} with its other peers")
         stalled_long = self._long_stall.lasts(now, progress, left_behind=left)
         following = next_epoch(snapshot, self.epoch) if stalled else None
         if following is None:
@@ -125,6 +131,7 @@ class EpochWatch:
             f"step {following.step} is the newest that every stage has",
         )
 
-    def _is_alone(self, snapshot: DirectorySnapshot) -> bool:
+    def _somebody_serves(self, snapshot: DirectorySnapshot, step: int) -> bool:
+        """Whether another peer of this stage has that step, and gives its state to who is behind."""
         others = (entry for entry in snapshot.at(self._ledger.stage) if entry.peer_id != self._peer_id)
-        return not any(entry.state == SERVING for entry in others)
+        return any(entry.state == SERVING and entry.committed_step >= step for entry in others)

@@ -227,6 +227,15 @@ class StateTransfer(Frozen):
     seconds_left: float | None = Field(description="None: not known yet")
 
 
+class Moving(Frozen):
+    """The peer leaves its stage in good order, for one where it is needed more. The worker is started again there."""
+
+    event: Literal["moving"] = "moving"
+    stage: int
+    to_stage: int
+    reason: str
+
+
 class Rewind(Frozen):
     """The run goes back to an older step, because a stage has lost what followed. The worker is started again."""
 
@@ -315,6 +324,7 @@ Event = Annotated[
     | Link
     | Complete
     | StateTransfer
+    | Moving
     | Rewind
     | Error
     | Worker

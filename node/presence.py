@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,26 @@ log = logging.getLogger(__name__)
 SEEKING = timedelta(milliseconds=400)  # between looks at the directory while the downstream link is missing
 WATCHING = timedelta(seconds=3)  # between looks while it is there
 _UNMEASURED: Mapping[str, float] = {}
+
+
+@contextlib.asynccontextmanager
+async def claiming(swarm: Swarm, entry: PeerEntry) -> AsyncIterator[None]:
+    """Keeps a claim alive while something takes longer than it would live."""
+    renewing = asyncio.create_task(_renew(swarm, entry))
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+
+
+async def _renew(swarm: Swarm, entry: PeerEntry) -> None:
+    while True:
+        await asyncio.sleep(PEER_RENEWAL.total_seconds())
+        try:
+            await swarm.publish_peer(entry)
+        except DirectoryLost as error:
+            log.warning("the claim is not renewed: %s", error)
 
 
 @dataclass(frozen=True, slots=True)

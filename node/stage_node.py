@@ -19,11 +19,11 @@ from coordinator.assignment import MachineProfile
 from coordinator.averaging import ReplicaAveraging, Wire
 from coordinator.averaging_launch import Launcher
 from coordinator.directory import MAX_KEPT_STAGES, RESERVED, PeerEntry
-from coordinator.epochs import FIRST, Epoch, epoch_of, newest_epoch
-from coordinator.errors import DirectoryLost, RunNotFound, StageUnavailable
+from coordinator.epochs import Epoch, epoch_of
+from coordinator.errors import RunNotFound, StageUnavailable
 from coordinator.rebalancing import Move
 from coordinator.settlement import Place, Rules
-from coordinator.swarm import PEER_RENEWAL, Swarm
+from coordinator.swarm import Swarm
 from coordinator.ticket import Ticket
 from node import speed
 from node.addresses import announced_host
@@ -38,23 +38,24 @@ from node.assembly import (
 )
 from node.config import RunConfig, load_toml
 from node.covering import Covering, Room, policy_of, until_relieved
-from node.custody import Custodian, restore
-from node.epochs import EpochBegins, EpochWatch, enter_epoch, epoch_after_restoring, recall_epoch
-from node.events import Assigned, Live, Relieved, Rewind, WorkerSpec, emit
+from node.custody import Custodian
+from node.epochs import EpochBegins, EpochWatch, enter_epoch
+from node.events import Assigned, Live, Moving, Relieved, Rewind, WorkerSpec, emit
 from node.join_steps import JoinSteps
 from node.metrics import NodeInfo, WorkerMetrics
 from node.metrics_server import MetricsServer
 from node.moving import MovedAway, Mover, recall_move
-from node.presence import Presence, Shared
+from node.presence import Presence, Shared, claiming
 from node.replication.calls import GrpcLine, ReplicaService
 from node.replication.group import Means, Member, ReplicaGroup
 from node.replication.record import StepRecorder
 from node.reporting import EventReporter
+from node.restoring import take_up
 from node.sampling import keep_sampling
 from node.tcp_links import LinkWatch
 from node.version import __version__
 from stage_server.concurrency import until_first_ends
-from stage_server.errors import LinkLost, PortTaken, RewindNeeded, StageError
+from stage_server.errors import LinkLost, PortTaken, RewindNeeded
 from stage_server.grpc_links import describe
 from stage_server.links import LinkIdentity
 from stage_server.peer import StagePeer
@@ -252,7 +253,7 @@ class StageNode:
         links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
         folder = self._spec.state_folder
         with self._steps.step("state") as note:
-            epoch, restored = await self._take_up(config, entry, reporter)
+            epoch, restored = await take_up(self._swarm, config, entry, folder, on_progress=reporter.transfer)
             if epoch != epoch_of(entry):
                 entry = replace(entry, epoch=epoch.number, epoch_step=epoch.step)
                 await self._swarm.publish_peer(entry)  # others follow while this peer builds its stage
@@ -317,34 +318,6 @@ class StageNode:
         if self._moving is not None:
             raise MovedAway(self._moving.reason)
 
-    async def _take_up(self, config: RunConfig, entry: PeerEntry, reporter: EventReporter) -> tuple[Epoch, bool]:
-        """Where this peer's state belongs: the epoch, and whether the state had to come from a copy."""
-        if config.replicas.max_replicas is not None:
-            return FIRST, False
-        run_folder = self._spec.state_folder / config.run_id
-        own = recall_epoch(run_folder)
-        snapshot = await self._swarm.snapshot(config.run_id, config.stages)
-        epoch = newest_epoch(snapshot.where(lambda other: other.peer_id != self._peer_id), own)
-        if epoch != own:
-            await asyncio.to_thread(enter_epoch, run_folder, config.run_id, epoch)
-        try:
-            step = await restore(
-                snapshot,
-                self._spec.state_folder,
-                config.run_id,
-                entry.stage,
-                epoch,
-                on_progress=reporter.transfer,
-            )
-        except StageError as error:
-            log.warning("no copy of stage %d is to be had: %s", entry.stage, error)
-            step = None
-        if step is not None and (following := epoch_after_restoring(snapshot, entry, epoch, step)) is not None:
-            log.warning("the run goes back to step %d, the newest that every stage has", following.step)
-            epoch = following
-            await asyncio.to_thread(enter_epoch, run_folder, config.run_id, epoch)
-        return epoch, step is not None
-
     def _shared(
         self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter, *, restored: bool
     ) -> Shared | None:
@@ -390,8 +363,7 @@ class StageNode:
 
     async def _build(self, config: RunConfig, entry: PeerEntry) -> StageParts:
         """In a thread, while the claim is renewed: weights and text may take longer than a claim lives."""
-        renewing = asyncio.create_task(self._renew(entry))
-        try:
+        async with claiming(self._swarm, entry):
             return await asyncio.to_thread(
                 build_stage,
                 config,
@@ -400,17 +372,6 @@ class StageNode:
                 device=self._device,
                 activation_budget_bytes=self._spec.activation_budget_bytes,
             )
-        finally:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
-
-    async def _renew(self, entry: PeerEntry) -> None:
-        while True:
-            await asyncio.sleep(PEER_RENEWAL.total_seconds())
-            try:
-                await self._swarm.publish_peer(entry)
-            except DirectoryLost as error:
-                log.warning("the claim is not renewed: %s", error)
 
     async def _work(self, presence: Presence, *others: Coroutine[Any, Any, None]) -> None:
         peer = self._require_peer()
@@ -441,6 +402,7 @@ class StageNode:
         """Leaves in good order once this peer is needed more elsewhere; `run` raises MovedAway then."""
         self._moving = await mover.wanted()
         log.info("moving: %s", self._moving.reason)
+        emit(Moving(stage=self._require_peer().ledger.stage, to_stage=self._moving.target, reason=self._moving.reason))
         self._drain_peer()
         await asyncio.Event().wait()  # until the peer has left
 

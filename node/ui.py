@@ -25,6 +25,7 @@ from node.events import (
     Event,
     Link,
     Live,
+    Moving,
     Relieved,
     Rewind,
     StageStep,
@@ -248,6 +249,8 @@ def event_line(event: Event) -> str | None:
             line = f"     serving stage {event.stage} too: {escape(event.reason)}"
         case Relieved():
             line = f"     leaving stage {event.stage} to {event.peer_id}"
+        case Moving():
+            line = f"     leaving stage {event.stage} for stage {event.to_stage}: {escape(event.reason)}"
         case Evaluation():
             line = f"     validation loss {event.loss:.3f} after {event.step} steps"
         case Worker(state="restarting"):

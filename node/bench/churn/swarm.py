@@ -15,7 +15,7 @@ from node import invitation
 from node.bench.churn.journal import Journal, Struck
 from node.bench.churn.schedule import Blow
 from node.demo import COMMAND, COORDINATOR, Child, Place
-from node.events import Assigned, Evaluation, Event, StageStep, TicketPrinted, Worker
+from node.events import Assigned, Evaluation, Event, Moving, StageStep, TicketPrinted, Worker
 from node.lab.namespaces import INTERFACE, NamespaceLab
 from node.processes import kill_tree
 from node.replication.record import EVERY_VARIABLE, FOLDER_VARIABLE
@@ -177,6 +177,8 @@ class ChurnSwarm:
                 self._ticket.set_result(event.ticket)
             case Assigned():
                 self._stage[name] = event.stage
+            case Moving():
+                self._stage.pop(name, None)  # the stage is as good as without it
             case StageStep():
                 self.journal.committed(name, event.stage, event.step, event.loss, time.monotonic())
             case Evaluation():

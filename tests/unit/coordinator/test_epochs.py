@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 
-from coordinator.custody import COPIES, Source, newest_common, newest_copy, stage_in_custody
+from coordinator.custody import COPIES, Source, newest_common, newest_copy, newest_to_keep, stage_in_custody
 from coordinator.directory import COMPLETE, MAX_CHECKPOINTS, RESERVED, SERVING, DirectorySnapshot, PeerEntry
-from coordinator.epochs import FIRST, Epoch, Stall, is_left_behind, newest_epoch, next_epoch, told_checkpoints
+from coordinator.epochs import (
+    FIRST,
+    Epoch,
+    Stall,
+    epoch_of_fellows,
+    is_left_behind,
+    newest_epoch,
+    next_epoch,
+    told_checkpoints,
+)
 
 NOW = 1000.0
 
@@ -35,6 +44,24 @@ def test_the_run_goes_back_to_the_newest_step_that_every_stage_has() -> None:
         peer(2, "d", checkpoints=(10, 20)),
     )
     assert next_epoch(snapshot, FIRST) == Epoch(1, 20)
+
+
+def test_what_others_keep_a_copy_of_is_not_lost_to_a_stage() -> None:
+    keeper = peer(0, "a", committed_step=33, checkpoints=(20, 30), copied_stage=1, copied_step=20)
+    behind = peer(1, "b", committed_step=22, checkpoints=(22,))
+    assert next_epoch(directory(2, keeper, behind), FIRST) == Epoch(1, 20)
+    void = peer(0, "a", Epoch(1, 0), checkpoints=(20, 30), copied_stage=1, copied_step=20)
+    assert next_epoch(directory(2, peer(0, "c", checkpoints=(20,)), void, behind), FIRST) == Epoch(1, 0)
+
+
+def test_fellows_that_went_back_are_known_also_where_somebody_stands_further() -> None:
+    later = Epoch(1, 20)
+    snapshot = directory(
+        2, peer(1, "b", later, state=RESERVED), peer(1, "c", committed_step=22), peer(0, "a", Epoch(2))
+    )
+    assert epoch_of_fellows(snapshot, FIRST, 1) == later
+    assert epoch_of_fellows(snapshot, later, 1) is None
+    assert newest_epoch(snapshot.where(lambda entry: entry.stage == 1), FIRST) == FIRST
 
 
 def test_where_nothing_is_common_the_run_can_only_start_again() -> None:
@@ -129,6 +156,16 @@ def test_what_is_copied_is_the_newest_checkpoint_that_all_stages_keep() -> None:
     assert newest_common(snapshot, FIRST, 0, 20) == Source(0, 20, ("a:1", "b:1"))
     assert newest_common(snapshot, FIRST, 0, 50) is None
     assert newest_common(snapshot, Epoch(1, 0), 0, 10) is None
+
+
+def test_copies_outlive_their_keepers_where_the_stage_itself_has_none() -> None:
+    behind = peer(1, "b", checkpoints=(10, 22))
+    keeper = peer(2, "old", copied_stage=1, copied_step=20)
+    assert newest_to_keep(directory(3, behind, keeper), FIRST, 1, "new", 10) == Source(1, 20, ("old:1",))
+    assert newest_to_keep(directory(3, behind, keeper), FIRST, 1, "old", 10) == Source(1, 10, ("b:1",))
+    again = peer(1, "c", checkpoints=(20,))
+    assert newest_to_keep(directory(3, behind, again, keeper), FIRST, 1, "new", 10) == Source(1, 20, ("c:1",))
+    assert newest_to_keep(directory(3), FIRST, 1, "new", 10) is None
 
 
 def test_the_newest_copy_is_found_wherever_it_is() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from coordinator.directory import SERVING, DirectorySnapshot, PeerEntry
-from coordinator.epochs import FIRST
+from coordinator.epochs import FIRST, Epoch
 from node.assembly import stage_folder
-from node.custody import copies_folder, restore
+from node.custody import awaits_copy, copies_folder, restore
 from stage_server.checkpoint import CheckpointStore
 
 RUN = "abcd"
@@ -54,3 +54,11 @@ def test_where_somebody_serves_the_stage_no_copy_is_needed(tmp_path: Path) -> No
 
 def test_without_any_copy_there_is_nothing_to_restore(tmp_path: Path) -> None:
     assert restored(tmp_path) is None
+
+
+def test_a_copy_is_awaited_where_the_run_went_back_to_what_is_not_here(tmp_path: Path) -> None:
+    epoch = Epoch(1, 20)
+    assert awaits_copy(NOBODY, tmp_path, RUN, 1, epoch)
+    assert not awaits_copy(NOBODY, tmp_path, RUN, 1, FIRST)
+    store(stage_folder(tmp_path, RUN, 1), 20)
+    assert not awaits_copy(NOBODY, tmp_path, RUN, 1, epoch)

@@ -84,6 +84,29 @@ def test_a_run_is_not_begun_again_from_nothing_before_somebody_could_come_back()
     assert begins.value.epoch == Epoch(1, 0)
 
 
+def test_a_stage_that_lost_its_common_checkpoints_goes_back_to_a_copy() -> None:
+    keeper = peer(0, "a", committed_step=33, checkpoints=(20, 30), copied_stage=1, copied_step=20)
+    with pytest.raises(EpochBegins) as begins:
+        watch(22, restored=True).look(directory(keeper, peer(1, "me", committed_step=22)), serving=True)
+    assert begins.value.epoch == Epoch(1, 20)
+
+
+def test_who_found_out_that_a_stage_cannot_go_on_is_followed_by_its_fellows(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = peer(0, "a", committed_step=33), peer(1, "b", state=RESERVED, epoch=1, epoch_step=20)
+    fellow = watch(22)
+    fellow.look(directory(*entries, peer(1, "me", committed_step=22)), serving=True)  # it may be a moment's lag
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: 1e9)
+    with pytest.raises(EpochBegins) as begins:
+        fellow.look(directory(*entries, peer(1, "me", committed_step=22)), serving=True)
+    assert begins.value.epoch == Epoch(1, 20)
+
+
+def test_two_that_begin_a_stage_again_both_take_a_newer_copy() -> None:
+    keeper = peer(0, "a", committed_step=20, copied_stage=1, copied_step=20)
+    with pytest.raises(CopyAtHand):
+        watch(0).look(directory(keeper, peer(1, "me"), peer(1, "b")), serving=True)
+
+
 def test_a_peer_alone_in_its_stage_takes_a_newer_copy() -> None:
     keeper = peer(0, "a", committed_step=27, copied_stage=1, copied_step=20)
     with pytest.raises(CopyAtHand) as at_hand:

@@ -25,6 +25,7 @@ from node.events import (
     Link,
     LinkTraffic,
     Live,
+    Moving,
     Relieved,
     Rewind,
     StageStep,
@@ -91,6 +92,13 @@ def test_a_state_on_its_way_is_told_with_the_time_left() -> None:
     )
     assert line_after(ASSIGNED, LIVE, here).startswith("catching up with the stage's other peers")
     assert line_after(ASSIGNED, LIVE, *LINKS, here, step(1)).startswith("contributing")
+
+
+def test_a_move_is_told_with_its_reason() -> None:
+    line = ui.event_line(Moving(stage=1, to_stage=0, reason="the slower of both 70 → 101 microbatches/s"))
+    assert Text.from_markup(line or "").plain.strip() == (
+        "leaving stage 1 for stage 0: the slower of both 70 → 101 microbatches/s"
+    )
 
 
 def test_going_back_is_told_with_what_it_costs() -> None:
