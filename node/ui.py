@@ -236,21 +236,12 @@ def event_line(event: Event) -> str | None:
     match event:
         case Check():
             line = check_line(event)
-        case Assigned():
-            line = f"     [bold]stage {event.stage} of {event.num_stages}[/]: {escape(event.reason)}"
-        case Live():
-            metrics = f", metrics at http://{event.metrics_endpoint}/metrics" if event.metrics_endpoint else ""
-            line = f"     serving at {event.endpoint} as {event.peer_id}{metrics}"
+        case Assigned() | Live() | Cover() | Relieved() | Moving():
+            line = f"     {_place(event)}"
         case Link(state="lost"):
             line = f"     [yellow]link {event.side} lost[/]: {escape(event.detail)}"
         case Coverage(unserved=stages):
             line = f"     [yellow]{escape(event.detail)}[/]" if stages else "     every stage is served"
-        case Cover():
-            line = f"     serving stage {event.stage} too: {escape(event.reason)}"
-        case Relieved():
-            line = f"     leaving stage {event.stage} to {event.peer_id}"
-        case Moving():
-            line = f"     leaving stage {event.stage} for stage {event.to_stage}: {escape(event.reason)}"
         case Evaluation():
             line = f"     validation loss {event.loss:.3f} after {event.step} steps"
         case Worker(state="restarting"):
@@ -263,6 +254,24 @@ def event_line(event: Event) -> str | None:
         case Error():
             line = f"[red]{escape(describe(event))}[/]"
     return line
+
+
+def _place(event: Assigned | Live | Cover | Relieved | Moving) -> str:
+    """Which stage this machine serves, or serves no more."""
+    from rich.markup import escape
+
+    match event:
+        case Assigned():
+            return f"[bold]stage {event.stage} of {event.num_stages}[/]: {escape(event.reason)}"
+        case Live():
+            metrics = f", metrics at http://{event.metrics_endpoint}/metrics" if event.metrics_endpoint else ""
+            return f"serving at {event.endpoint} as {event.peer_id}{metrics}"
+        case Cover():
+            return f"serving stage {event.stage} too: {escape(event.reason)}"
+        case Relieved():
+            return f"leaving stage {event.stage} to {event.peer_id}"
+        case Moving():
+            return f"leaving stage {event.stage} for stage {event.to_stage}: {escape(event.reason)}"
 
 
 def beside_line(stage: int, event: Event) -> str | None:
