@@ -32,7 +32,7 @@ test: setup  ## format, lint, types and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=30 --durations-min=5
 
 check: test  ## the same as make test
 
