@@ -81,7 +81,7 @@ class Mover:
         """Waits, for ever if need be, until this peer has claimed a place where it is needed more."""
         while True:
             await asyncio.sleep(next_look(self._policy, self._chance).total_seconds())
-            if not self._group.serving:
+            if not self._can_be_spared(since=0.0):
                 continue
             try:
                 move = await self._decide()
@@ -89,6 +89,14 @@ class Mover:
                     return move
             except DirectoryLost as error:
                 log.warning("no move: %s", error)
+
+    def _can_be_spared(self, *, since: float) -> bool:
+        """Whether another replica has all that this one has, by its own word, and has been heard since then.
+
+        The directory knows that of nobody: who is asleep, or cut off, is in it for as long as its entry lives.
+        `since`: monotonic seconds.
+        """
+        return self._group.serving and bool(self._group.level(since=since))
 
     async def _decide(self) -> Move | None:
         snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages)
@@ -105,12 +113,13 @@ class Mover:
             throughput=self._machine.rates[move.target],
         )  # fmt: skip
         self._presence.beside = move.target
+        claimed_at = time.monotonic()
         await self._swarm.publish_beside(claim)
         jitter = self._chance.uniform(0, SETTLE_JITTER.total_seconds())
         await asyncio.sleep(SETTLE_WAIT.total_seconds() + jitter)
         snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages)
         right = is_move_right(move, snapshot, self._machine, self._costs, self._policy, now=time.time())
-        if right and self._group.serving:
+        if right and self._can_be_spared(since=claimed_at):
             remember_move(self._folder, LastMove(move.target, time.time()))
             return True
         self._presence.beside = None

@@ -155,11 +155,15 @@ class ReplicaGroup:
         self._contacts.listed(endpoints)
         self._look()
 
-    def level(self) -> frozenset[str]:
-        """The other replicas that were heard lately, serve, and have committed all that this one has."""
+    def level(self, *, since: float = 0.0) -> frozenset[str]:
+        """The other replicas that serve, and have committed all that this one has: heard lately, and since then.
+
+        `since`: monotonic seconds.
+        """
         committed = self._ledger.committed
         heard = self._contacts.in_sight().items()
-        return frozenset(peer for peer, word in heard if word.serving and word.tally.committed >= committed)
+        level = {peer for peer, word in heard if word.serving and word.tally.committed >= committed}
+        return frozenset(peer for peer in level if self._contacts[peer].heard_at >= since)
 
     def _look(self) -> None:
         """Who takes part now; tells the agreement when that has changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -53,6 +54,11 @@ class Place:
 
     beside: int | None = None
     serving: bool = True
+    fellows: frozenset[str] = frozenset({"other"})
+    fellows_heard_at: float = math.inf
+
+    def level(self, *, since: float) -> frozenset[str]:
+        return self.fellows if self.fellows_heard_at >= since else frozenset()
 
 
 ME = "me"
@@ -122,8 +128,16 @@ def test_a_move_that_somebody_else_makes_first_is_taken_back(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
-def test_who_takes_over_a_state_does_not_move(tmp_path: Path) -> None:
-    directory, place = Directory([serving(ME, 0), serving("other", 0)]), Place(serving=False)
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(serving=False),  # it takes over a state
+        Place(fellows=frozenset()),  # the other one is in the directory, and asleep
+        Place(fellows_heard_at=0.0),  # it fell asleep a moment ago
+    ],
+)
+def test_who_cannot_be_spared_does_not_move(place: Place, tmp_path: Path) -> None:
+    directory = Directory([serving(ME, 0), serving("other", 0)])
 
     async def scenario() -> None:
         with pytest.raises(TimeoutError):
