@@ -71,19 +71,23 @@ def epoch_of_fellows(snapshot: DirectorySnapshot, own: Epoch, stage: int) -> Epo
 
 
 def next_epoch(snapshot: DirectorySnapshot, own: Epoch) -> Epoch | None:
-    """Where the run could go back to; None while a stage has nobody who says what it holds.
+    """Where the run could go back to; None while a stage has nobody who says what it holds."""
+    for entries in snapshot.peers:
+        if not any(_serves(entry) and epoch_of(entry) == own for entry in entries):
+            return None
+    return Epoch(own.number + 1, fallback_step(snapshot, own))
 
-    A stage has what its peers have, and what others keep copies of.
-    """
+
+def fallback_step(snapshot: DirectorySnapshot, own: Epoch) -> int:
+    """The newest step that every stage has: a peer of its own a checkpoint, or another one a copy. 0: the beginning."""
     common: set[int] | None = None
     for stage, entries in enumerate(snapshot.peers):
         serving = [entry for entry in entries if _serves(entry) and epoch_of(entry) == own]
+        copies = {e.copied_step for e in snapshot.all_peers() if e.copied_stage == stage and epoch_of(e) == own}
         # anybody can make the initial weights
-        held = {step for entry in serving for step in (0, *entry.checkpoints)}
-        if held:
-            held |= {e.copied_step for e in snapshot.all_peers() if e.copied_stage == stage and epoch_of(e) == own}
+        held = {0} | copies | {step for entry in serving for step in entry.checkpoints}
         common = held if common is None else common & held
-    return Epoch(own.number + 1, max(common)) if common else None
+    return max(common or {0})
 
 
 def is_left_behind(snapshot: DirectorySnapshot, own: Epoch, stage: int, committed: int) -> bool:

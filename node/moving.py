@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordinator.assignment import MachineProfile
-from coordinator.directory import RESERVED, PeerEntry
+from coordinator.directory import RESERVED, DirectorySnapshot, PeerEntry
+from coordinator.epochs import epoch_of, fallback_step
 from coordinator.errors import DirectoryLost
 from coordinator.placement import StageCosts
 from coordinator.rebalancing import Move, Policy, decide_move, is_move_right, next_look, plan_moves
@@ -100,11 +101,23 @@ class Mover:
 
     async def _decide(self) -> Move | None:
         snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages)
+        if self._is_needed_to_go_back(snapshot):
+            return None
         now = time.time()
         plan = plan_moves(snapshot, self._costs, self._policy, now=now)
         last = recall_move(self._folder)
         moved_at = -math.inf if last is None else last.at
         return decide_move(plan, snapshot, self._machine, self._costs, self._policy, now=now, last_moved_at=moved_at)
+
+    def _is_needed_to_go_back(self, snapshot: DirectorySnapshot) -> bool:
+        """Whether the run, should a stage be lost, would have to go back further without this peer.
+
+        Who has come lately has the newest state alone; older ones, which all stages have, go with those who leave.
+        """
+        me = next((entry for entry in snapshot.all_peers() if entry.peer_id == self._entry.peer_id), self._entry)
+        epoch = epoch_of(me)
+        without = snapshot.where(lambda entry: entry.peer_id != me.peer_id)
+        return fallback_step(without, epoch) < fallback_step(snapshot, epoch)
 
     async def _claim(self, move: Move) -> bool:
         """Reserves the place, waits until others see it, and looks again."""

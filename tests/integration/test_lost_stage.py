@@ -47,7 +47,7 @@ async def run(folder: Path) -> None:
         swarm.strike(Blow.KILL, last)
         shutil.rmtree(folder / last)
         reached = max(journal.stage_steps[0])
-        await swarm.join(late=True)
+        await swarm.join(late=True, stage="1")
         await until(lambda: max(journal.stage_steps[1]) > reached + 2, 240, "the run goes on beyond where it was")
         assert journal.restarts >= 1  # the other stage went back; the newcomer too, unless it began with the copy
         assert all(len(told) == 1 for told in journal.losses.values())  # what is done again gives the same

@@ -60,11 +60,11 @@ class ChurnSwarm:
         async with asyncio.timeout(TICKET_WITHIN):
             await self._ticket
 
-    async def join(self, *, late: bool) -> str:
+    async def join(self, *, late: bool, stage: str = "auto") -> str:
         """One more peer. `late`: the swarm runs already, so that the time it takes to take part is of interest."""
         self._number += 1
         name = peer_name(self._number)
-        command = [*COMMAND, "join", await self._current_ticket(), "--stage", "auto", "--max-stages", "1", "--json"]
+        command = [*COMMAND, "join", await self._current_ticket(), "--stage", stage, "--max-stages", "1", "--json"]
         command += ["--device", "cpu", "--host", self._place.address(name), "--threads", "1"]
         command += ["--state-dir", str(self._folder / name)]
         self._peers[name] = Child(name, self._place.command(name, command), self._folder)

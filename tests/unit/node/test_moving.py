@@ -128,6 +128,24 @@ def test_a_move_that_somebody_else_makes_first_is_taken_back(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+def test_who_alone_has_what_the_run_would_go_back_to_does_not_move(tmp_path: Path) -> None:
+    me = replace(serving(ME, 0), checkpoints=(20, 30), copied_stage=1, copied_step=20)
+    newcomer = replace(serving("other", 0), checkpoints=(33,))
+    directory = Directory([me, newcomer])  # stage 1 is lost
+
+    async def moves(folder: Path) -> bool:
+        try:
+            async with asyncio.timeout(1.0):
+                await mover(directory, folder, Place()).wanted()
+            return True
+        except TimeoutError:
+            return False
+
+    assert not asyncio.run(moves(tmp_path))
+    directory.entries["other", 0] = replace(newcomer, checkpoints=(20, 33), copied_stage=1, copied_step=20)
+    assert asyncio.run(moves(tmp_path))
+
+
 @pytest.mark.parametrize(
     "place",
     [
