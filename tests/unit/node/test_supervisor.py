@@ -175,11 +175,15 @@ def test_a_further_worker_has_a_folder_an_identity_and_ports_of_its_own(tmp_path
     code = (
         COVERS
         + """
-        time.sleep(1)
+        deadline = time.monotonic() + 20
+        while not (spec.state_folder / "beside-1" / "over").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)  # until it has ended, on a busy machine
     else:
         print(spec.model_dump_json(), file=sys.stderr)
         emit(StageStep(stage=1, step=1, loss=None, tokens=1, seconds=1, microbatches=1, compute_seconds=1,
                        wait_seconds=0, gradient_norm=1, link=None))
+        (spec.state_folder / "over").touch()
     """
     )
     subject = supervisor(tmp_path, code, [], on_beside=lambda stage, event: told.append((stage, event)))
@@ -231,9 +235,11 @@ def test_a_further_worker_that_cannot_serve_is_not_asked_again_and_again(tmp_pat
     events: list[Event] = []
     code = COVERS + (
         f"""
-        for _ in range(12):
+        deadline, more = time.monotonic() + 20, 20
+        while more and time.monotonic() < deadline:
             time.sleep(0.1)
             emit(Cover(stage=1, reason="again", beside=Beside(node_id="me", throughput=2.0, stand_in=True)))
+            more -= (spec.state_folder / "beside-1" / "lives").exists()  # two more seconds, on a busy machine
     else:
         {how}
     """
