@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,25 +33,6 @@ def churn(source: Path, target: Path) -> None:
     axes.set(xlabel="seconds", ylabel="steps/s, whole swarm", ylim=(0, None), xlim=(0, end))
     axes.set_title(f"{plan['peers']} peers, {found['run']['stages']} stages, a blow every {plan['every_seconds']:g} s")
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
-
-
-def rates(sources: Sequence[Path], target: Path) -> None:
-    """Throughput under churn, as a share of the same run's undisturbed one, against how often a machine is hit."""
-    points = [(0.0, 1.0)]
-    for source in sources:
-        result = json.loads(source.read_text())
-        found = result["measurements"]
-        minutes = found["plan"]["churn_seconds"] / 60
-        points.append((len(found["struck"]) / minutes, result["summary"]["throughput_ratio"]))
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    axes.plot(*zip(*sorted(points), strict=True), "o-", color=BLUE, linewidth=1.4)
-    axes.set(xlabel="machines hit a minute, of 8, each replaced", ylabel="steps/s over undisturbed", ylim=(0, 1.05))
-    axes.set_xlim(0, None)
-    axes.grid(axis="y", color=GREY, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(target, dpi=150)

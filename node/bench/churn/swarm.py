@@ -91,6 +91,7 @@ class ChurnSwarm:
         """SIGKILL, and it never comes back."""
         if self._coordinator is not None:
             kill_tree(self._coordinator.process.pid)
+            self._started.append(self._coordinator)  # swept once more at the end
             self._coordinator = None
 
     @property
