@@ -26,9 +26,14 @@ class Epoch:
     step: int = 0
     """Where it went back to."""
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Of two that begin at once, the one that goes back further counts as the later one."""
+        return self.number, -self.step
+
     def supersedes(self, other: Epoch) -> bool:
-        """Whether peers of the other epoch should follow. Of two that begin at once, the one that goes back further."""
-        return (self.number, -self.step) > (other.number, -other.step)
+        """Whether peers of the other epoch should follow."""
+        return self.rank > other.rank
 
     def named(self, run_id: str) -> str:
         """The run in this epoch, as peers name it to each other."""
@@ -67,7 +72,7 @@ def _is_founded(epoch: Epoch, snapshot: DirectorySnapshot) -> bool:
 def epoch_of_fellows(snapshot: DirectorySnapshot, own: Epoch, stage: int) -> Epoch | None:
     """The newest epoch that a peer of this stage has begun, founded or not; None: none that supersedes `own`."""
     begun = [epoch for epoch in map(epoch_of, snapshot.at(stage)) if epoch.supersedes(own)]
-    return max(begun, key=lambda epoch: (epoch.number, -epoch.step), default=None)
+    return max(begun, key=lambda epoch: epoch.rank, default=None)
 
 
 def next_epoch(snapshot: DirectorySnapshot, own: Epoch) -> Epoch | None:
@@ -115,14 +120,13 @@ def _serves(entry: PeerEntry) -> bool:
 class Stall:
     """Notices that nothing goes on although others have: how long has it been since anything changed?"""
 
-    def __init__(self, patience_seconds: float) -> None:
-        self._patience_seconds = patience_seconds
+    def __init__(self) -> None:
         self._seen: Hashable = None
         self._since: float | None = None
 
-    def lasts(self, now: float, progress: Hashable, *, left_behind: bool) -> bool:
-        """Whether it has lasted long enough to act. `now`: monotonic seconds; `progress`: changes with any progress."""
+    def lasts(self, now: float, progress: Hashable, *, left_behind: bool) -> float | None:
+        """For how many seconds; None: others wait too. `now`: monotonic; `progress`: changes with any progress."""
         if not left_behind or progress != self._seen or self._since is None:
             self._since = now if left_behind else None
             self._seen = progress
-        return self._since is not None and now - self._since >= self._patience_seconds
+        return None if self._since is None else now - self._since

@@ -54,5 +54,3 @@ if __name__ == "__main__":
             figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")
     if (churn := DOCS / "results" / "bench-churn.json").exists():
         figures_churn.churn(churn, DOCS / "images" / "churn.png")
-    if (soak := DOCS / "results" / "bench-churn-soak.json").exists():
-        figures_churn.memory(soak, DOCS / "images" / "churn-memory.png")

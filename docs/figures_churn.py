@@ -1,4 +1,4 @@
-"""Figures of `resbm-node bench churn`: speed while machines are killed, stopped, cut off and replaced, and memory."""
+"""Figure of `resbm-node bench churn`: steps a second while machines are killed, stopped, cut off and replaced."""
 
 from __future__ import annotations
 
@@ -33,21 +33,6 @@ def churn(source: Path, target: Path) -> None:
     axes.set(xlabel="seconds", ylabel="steps/s, whole swarm", ylim=(0, None), xlim=(0, end))
     axes.set_title(f"{plan['peers']} peers, {found['run']['stages']} stages, a blow every {plan['every_seconds']:g} s")
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
-
-
-def memory(source: Path, target: Path) -> None:
-    """What peers that lived long held, all their processes together, over the run."""
-    found = json.loads(source.read_text())["measurements"]
-    figure, axes = plt.subplots(figsize=(10, 3.4))
-    for peer, samples in sorted(found["memory_bytes"].items()):
-        minutes, sizes = [at / 60 for at, _ in samples], [size / 2**20 for _, size in samples]
-        is_spared = int(peer.rpartition("-")[2]) <= found["plan"]["num_spared"]
-        axes.plot(minutes, sizes, color=BLUE if is_spared else GREY, linewidth=1.6 if is_spared else 0.8)
-    axes.set(xlabel="minutes", ylabel="memory of a peer, MiB", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(target, dpi=150)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from coordinator.directory import is_way_in
+from node.folders import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,8 @@ def remember(folder: Path, addresses: Iterable[str]) -> None:
     kept = sorted(set(addresses))[:MOST]
     if not kept or kept == recall(folder):
         return
-    temporary = folder / f".{FILE_NAME}"
     try:
-        temporary.write_text(json.dumps(kept))
-        temporary.replace(folder / FILE_NAME)
+        replace_text(folder / FILE_NAME, json.dumps(kept))
     except OSError as error:  # a full disk must not end a peer that works
         log.warning("peers met are not remembered: %s", error)
 

@@ -92,11 +92,11 @@ class Custodian:
 
 
 def awaits_copy(snapshot: DirectorySnapshot, state_folder: Path, run_id: str, stage: int, epoch: Epoch) -> bool:
-    """Whether the run went back to a step that this machine does not have of its stage, and nobody has told of yet.
+    """Whether the run went back to a step that this machine does not have of its stage, and that nobody serves yet.
 
     Whoever keeps it is being started in the new epoch too.
     """
-    if any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage)):
+    if _is_served(snapshot, stage, epoch):
         return False
     held = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage).steps()
     return max(held, default=0) < epoch.step
@@ -115,7 +115,7 @@ async def restore(
 
     Returns the step; None where there was no need, or no copy. Raises StageError when a copy cannot be had.
     """
-    if any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage)):
+    if _is_served(snapshot, stage, epoch):
         return None
     store = CheckpointStore(stage_folder(state_folder, run_id, stage), run_id, stage)
     own_copies = CheckpointStore(copies_folder(state_folder / run_id) / f"stage-{stage}", run_id, stage)
@@ -128,6 +128,10 @@ async def restore(
         return None
     await _fetch(source, run_id, store, on_progress)
     return source.step
+
+
+def _is_served(snapshot: DirectorySnapshot, stage: int, epoch: Epoch) -> bool:
+    return any(entry.state == SERVING and epoch_of(entry) == epoch for entry in snapshot.at(stage))
 
 
 def _adopt_copy(copies: CheckpointStore, step: int, store: CheckpointStore) -> None:

@@ -14,6 +14,7 @@ from coordinator.custody import newest_copy
 from coordinator.directory import SERVING, DirectorySnapshot, PeerEntry
 from coordinator.epochs import FIRST, Epoch, Stall, epoch_of_fellows, is_left_behind, newest_epoch, next_epoch
 from node.custody import copies_folder
+from node.folders import replace_text
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import RewindNeeded
 from stage_server.ledger import StageLedger
@@ -58,9 +59,7 @@ def enter_epoch(run_folder: Path, run_id: str, epoch: Epoch) -> None:
     for folder in (*run_folder.glob("stage-*"), *copies_folder(run_folder).glob("stage-*")):
         if folder.name.removeprefix("stage-").isdecimal():
             CheckpointStore(folder, run_id, int(folder.name.removeprefix("stage-"))).discard_after(epoch.step)
-    part = run_folder / f"{EPOCH_FILE}.part"
-    part.write_text(json.dumps({"number": epoch.number, "step": epoch.step}))
-    part.replace(run_folder / EPOCH_FILE)
+    replace_text(run_folder / EPOCH_FILE, json.dumps({"number": epoch.number, "step": epoch.step}))
 
 
 def epoch_after_restoring(snapshot: DirectorySnapshot, entry: PeerEntry, epoch: Epoch, step: int) -> Epoch | None:
@@ -99,9 +98,9 @@ class EpochWatch:
     def __init__(self, peer_id: str, epoch: Epoch, ledger: StageLedger, *, restored: bool) -> None:
         self.epoch = epoch
         self._peer_id, self._ledger = peer_id, ledger
-        self._stall = Stall(0.0 if restored else PATIENCE.total_seconds())
-        self._short_stall = Stall(PATIENCE_WITH_FELLOWS.total_seconds())
-        self._long_stall = Stall(PATIENCE_BEFORE_ALL_IS_LOST.total_seconds())
+        self._stall = Stall()
+        self._has_warned = False  # of this stall
+        self._patience = timedelta(0) if restored else PATIENCE
 
     def look(self, snapshot: DirectorySnapshot, *, serving: bool) -> None:
         """Raises EpochBegins, CopyAtHand."""
@@ -114,16 +113,21 @@ class EpochWatch:
             raise CopyAtHand(f"a copy of stage {ledger.stage} at step {copy.step} is at hand", ledger.committed)
         left = serving and is_left_behind(snapshot, self.epoch, ledger.stage, ledger.committed)
         progress = ledger.committed, ledger.done, ledger.begun
-        stalled = self._stall.lasts(now, progress, left_behind=left)
+        lasts = self._stall.lasts(now, progress, left_behind=left)
+        if lasts is None:
+            self._has_warned = False
+            return
+        stalled = timedelta(seconds=lasts)
         fellows = epoch_of_fellows(snapshot, self.epoch, ledger.stage)
-        if self._short_stall.lasts(now, progress, left_behind=left) and fellows is not None:
+        if fellows is not None and stalled >= PATIENCE_WITH_FELLOWS:
             raise EpochBegins(fellows, f"stage {ledger.stage} goes back to step {fellows.step} with its other peers")
-        stalled_long = self._long_stall.lasts(now, progress, left_behind=left)
-        following = next_epoch(snapshot, self.epoch) if stalled else None
+        following = next_epoch(snapshot, self.epoch) if stalled >= self._patience else None
         if following is None:
             return
-        if following.step == 0 and not stalled_long:
-            log.warning("stage %d waits for someone who has its state; all others are ahead of it", ledger.stage)
+        if following.step == 0 and stalled < PATIENCE_BEFORE_ALL_IS_LOST:
+            if not self._has_warned:
+                log.warning("stage %d waits for someone who has its state; all others are ahead of it", ledger.stage)
+            self._has_warned = True
             return
         raise EpochBegins(
             following,

@@ -24,6 +24,16 @@ def beside_folder(state_folder: Path, stage: int) -> Path:
     return state_folder / f"{BESIDE}{stage}"
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file anew: whoever reads it meanwhile, or after a crash, finds all of the old text or all of the new.
+
+    Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def _base(variable: str, fallback: str) -> Path:
     value = os.environ.get(variable, "")
     path = Path(value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coordinator.directory import DirectorySnapshot
 from coordinator.ticket import Ticket, renewed_ticket
+from node.folders import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +28,7 @@ def of_swarm(ticket: Ticket, snapshot: DirectorySnapshot, me: str) -> str:
 
 def write(folder: Path, text: str) -> None:
     """In place of the one before. Raises OSError."""
-    part = folder / f".{FILE_NAME}"
-    part.write_text(text + "\n")
-    part.replace(folder / FILE_NAME)
+    replace_text(folder / FILE_NAME, text + "\n")
 
 
 def keep_fresh(folder: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from node.config import RunConfig, load_toml
 from node.errors import ConfigUnreadable
+from node.folders import replace_text
 from stage_server.config import Frozen
 
 FILE_NAME = "published.json"
@@ -29,9 +30,7 @@ class Publication(Frozen):
 
 def remember(folder: Path, publication: Publication) -> None:
     """In place of the one before. Raises OSError."""
-    part = folder / f"{FILE_NAME}.part"
-    part.write_text(publication.model_dump_json())
-    part.replace(folder / FILE_NAME)
+    replace_text(folder / FILE_NAME, publication.model_dump_json())
 
 
 def recall(folder: Path) -> Publication:

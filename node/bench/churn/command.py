@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from node.demo import Place
 
 FORMING_SECONDS = 180.0
-RECORDED_SECONDS = 70.0
-"""A recorded step for about as many of the run's seconds: a sample that does not grow with a long run."""
+MOST_RECORDS = 70
+"""Recorded steps of a run that takes one a second: a sample that does not grow with a long run."""
 FEWEST_BETWEEN_RECORDS = 10  # steps
 MOST_COMPARED = 1000
 """Steps after which the loss is compared with an undisturbed run's at the latest: one process trains them all again."""
@@ -267,7 +267,7 @@ class _Findings:
 
     def _record_every(self) -> int:
         seconds = self._plan.quiet_seconds + self._plan.churn_seconds
-        return max(FEWEST_BETWEEN_RECORDS, round(seconds / RECORDED_SECONDS))
+        return max(FEWEST_BETWEEN_RECORDS, round(seconds / MOST_RECORDS))
 
     @property
     def _evaluated(self) -> int:
@@ -291,6 +291,7 @@ class _Findings:
             "recovery_p95_seconds": percentile(journal.recoveries(), 0.95),
             "join_p50_seconds": percentile(journal.join_times(), 0.50),
             "join_p95_seconds": percentile(journal.join_times(), 0.95),
+            "longest_step_seconds": journal.longest_step(marks["churn"], marks["end"]),
             "blows": len(journal.struck),
             "steps": max(journal.swarm_step_times(), default=0),
             "commits_counted": self.counted.commits,

@@ -110,12 +110,18 @@ async def keep_sampling(health: Health, pids: Callable[[], Mapping[str, int]]) -
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
+def _share_of(process: psutil.Process) -> int:
+    """Memory in bytes, shared pages divided among those that share them; where the system cannot tell, resident."""
+    found = process.memory_full_info()
+    return int(getattr(found, "pss", found.rss))
+
+
 def _sample(pid: int) -> Sample | None:
     memory = files = 0
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
-            memory += process.memory_full_info().pss
+            memory += _share_of(process)
             files += process.num_fds()
     except psutil.Error:  # it, or a part of it, has just ended: what was counted is no whole
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -63,11 +64,13 @@ class Journal:
         inside = [at for at in self.swarm_step_times().values() if start <= at < end]
         return len(inside) / (end - start) if end > start else 0.0
 
-    def recoveries(self) -> list[float]:
-        """For each blow, seconds until the whole swarm had committed the step that it was working on then, and more.
+    def longest_step(self, start: float, end: float) -> float | None:
+        """Most seconds between two steps of a stretch of time."""
+        inside = sorted(at for at in self.swarm_step_times().values() if start <= at < end)
+        return max((later - at for at, later in itertools.pairwise(inside)), default=None)
 
-        A step takes its time undisturbed too: what is left after taking off the median step time before.
-        """
+    def recoveries(self) -> list[float]:
+        """For each blow, seconds until the whole swarm had committed two steps more: one of them began after it."""
         times = self.swarm_step_times()
         waits = []
         for struck in self.struck:

@@ -39,7 +39,7 @@ class ChurnSwarm:
         self._run_file, self._folder, self._place = run_file, folder, place
         self._ticket: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._coordinator: Child | None = None
-        self._started: list[Child] = []  # all peers that there ever were
+        self._started: list[Child] = []  # the coordinator and all peers that there ever were
         self._peers: dict[str, Child] = {}  # those that were neither killed nor asked to leave
         self._stage: dict[str, int] = {}
         self._stopped: dict[str, list[psutil.Process]] = {}
@@ -56,6 +56,7 @@ class ChurnSwarm:
         command = [*COMMAND, "coordinator", "--run", str(self._run_file), "--json"]
         command += ["--host", self._place.address(COORDINATOR), "--state-dir", str(self._folder / COORDINATOR)]
         self._coordinator = Child(COORDINATOR, self._place.command(COORDINATOR, command), self._folder)
+        self._started.append(self._coordinator)
         self._listen(COORDINATOR, self._coordinator)
         async with asyncio.timeout(TICKET_WITHIN):
             await self._ticket
@@ -91,7 +92,6 @@ class ChurnSwarm:
         """SIGKILL, and it never comes back."""
         if self._coordinator is not None:
             kill_tree(self._coordinator.process.pid)
-            self._started.append(self._coordinator)  # swept once more at the end
             self._coordinator = None
 
     @property
@@ -110,14 +110,13 @@ class ChurnSwarm:
         """Everybody leaves; nothing of them is left."""
         for name in [*self._stopped, *self._cut]:
             self.go_on(name)
-        children = [*self._started, *([self._coordinator] if self._coordinator else [])]
-        for child in children:
+        for child in self._started:
             if child.process.poll() is None:
                 child.process.terminate()
         deadline = time.monotonic() + LEAVING
-        while time.monotonic() < deadline and _any_lives(children):  # noqa: ASYNC110 - processes have no events
+        while time.monotonic() < deadline and _any_lives(self._started):  # noqa: ASYNC110 - processes have no events
             await asyncio.sleep(0.05)
-        for child in children:
+        for child in self._started:
             kill_tree(child.process.pid)
         await asyncio.gather(*self._listeners, return_exceptions=True)
 

@@ -118,14 +118,13 @@ def test_a_stage_is_left_behind_when_others_are_ahead_and_no_replica_of_it_is() 
 
 
 def test_a_stall_lasts_only_while_nothing_changes() -> None:
-    stall = Stall(30.0)
-    assert not stall.lasts(0.0, "step 1", left_behind=True)
-    assert not stall.lasts(29.0, "step 1", left_behind=True)
-    assert not stall.lasts(31.0, "step 2", left_behind=True)
-    assert not stall.lasts(60.0, "step 2", left_behind=False)
-    assert not stall.lasts(61.0, "step 2", left_behind=True)
-    assert stall.lasts(91.0, "step 2", left_behind=True)
-    assert Stall(0.0).lasts(0.0, "step 1", left_behind=True)
+    stall = Stall()
+    assert stall.lasts(0.0, "step 1", left_behind=True) == 0.0
+    assert stall.lasts(29.0, "step 1", left_behind=True) == 29.0
+    assert stall.lasts(31.0, "step 2", left_behind=True) == 0.0
+    assert stall.lasts(60.0, "step 2", left_behind=False) is None
+    assert stall.lasts(61.0, "step 2", left_behind=True) == 0.0
+    assert stall.lasts(91.0, "step 2", left_behind=True) == 30.0
 
 
 def test_a_record_names_common_checkpoints_and_the_newest() -> None:

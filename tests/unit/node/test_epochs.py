@@ -74,11 +74,13 @@ def test_a_restored_stage_does_not_wait_to_find_out_that_it_cannot_catch_up() ->
     watch(20).look(directory(others, me), serving=True)  # others may retain what it needs
 
 
-def test_a_run_is_not_begun_again_from_nothing_before_somebody_could_come_back() -> None:
+def test_a_run_is_not_begun_again_from_nothing_before_somebody_could_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     others = peer(0, "a", committed_step=27, checkpoints=(10, 20))
     patient = watch(0, restored=True)
     patient.look(directory(others, peer(1, "me", committed_step=0)), serving=True)
-    patient._long_stall = epochs.Stall(0.0)
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: 1e9)
     with pytest.raises(EpochBegins) as begins:
         patient.look(directory(others, peer(1, "me", committed_step=0)), serving=True)
     assert begins.value.epoch == Epoch(1, 0)
