@@ -324,10 +324,11 @@ class _Findings:
             "recoveries_seconds": journal.recoveries(),
             "joins_seconds": journal.join_times(),
             "evaluations": journal.evaluations,
-            "memory_bytes": {
-                peer: [(round(sample.at - start, 1), sample.memory_bytes) for sample in samples]
+            "survivors": {
+                peer: [asdict(sample) | {"at": round(sample.at - start, 1)} for sample in samples]
                 for peer, samples in self.health.survivors().items()
             },
             "memory_slopes_bytes_per_second": {p: asdict(slope) for p, slope in self.health.memory_slopes().items()},
+            "open_files_slopes_per_second": {p: asdict(slope) for p, slope in self.health.file_slopes().items()},
             "verified": [asdict(verified) for verified in self.verified],
         }

@@ -1,6 +1,8 @@
 """Whether peers that live long grow: their memory and open files over time.
 
-Memory is proportional (PSS): a peer is several processes that share most pages with the one they were forked from.
+Memory is proportional (PSS): a peer is several processes that share most pages with the one they were forked from. Two
+of them, the averager's, it has only while somebody else serves its stage: like is compared with like, its samples with
+as many processes as it mostly has.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -31,6 +34,7 @@ class Sample:
     at: float  # monotonic seconds
     memory_bytes: int
     open_files: int
+    processes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +76,51 @@ class Health:
 
     def survivors(self) -> dict[str, list[Sample]]:
         """Of peers that lived long enough for a trend, what was seen after they had warmed up."""
-        settled = {peer: _settled(samples) for peer, samples in self.samples.items()}
+        settled = {peer: _alike(_settled(samples)) for peer, samples in self.samples.items()}
         return {peer: samples for peer, samples in settled.items() if len(samples) >= FEWEST_SAMPLES}
 
     def memory_slopes(self) -> dict[str, Slope]:
         """By survivor, bytes a second."""
-        return {
-            peer: Slope.of([(sample.at, float(sample.memory_bytes)) for sample in samples])
-            for peer, samples in self.survivors().items()
-        }
+        return self._slopes(lambda sample: sample.memory_bytes)
+
+    def file_slopes(self) -> dict[str, Slope]:
+        """By survivor, open files a second."""
+        return self._slopes(lambda sample: sample.open_files)
 
     def summary(self) -> dict[str, float | int | None]:
         """Medians over the survivors: half of them are below, so that one that is odd does not hide a trend."""
-        slopes = self.memory_slopes().values()
-        files = [samples[-1].open_files - samples[0].open_files for samples in self.survivors().values()]
-        hourly = HOUR / MEGABYTE
+        memory, files = self.memory_slopes().values(), self.file_slopes().values()
+        changes = [samples[-1].open_files - samples[0].open_files for samples in self.survivors().values()]
         return {
-            "survivors": len(slopes),
-            "memory_slope_mb_per_hour": statistics.median(s.per_second for s in slopes) * hourly if slopes else None,
-            "memory_slope_error_mb_per_hour": statistics.median(s.error for s in slopes) * hourly if slopes else None,
-            "open_files_change": max(files, key=abs) if files else None,
+            "survivors": len(self.survivors()),
+            "memory_slope_mb_per_hour": _median(slope.per_second * HOUR / MEGABYTE for slope in memory),
+            "memory_slope_error_mb_per_hour": _median(slope.error * HOUR / MEGABYTE for slope in memory),
+            "open_files_slope_per_hour": _median(slope.per_second * HOUR for slope in files),
+            "open_files_slope_error_per_hour": _median(slope.error * HOUR for slope in files),
+            "open_files_change": max(changes, key=abs, default=None),
+        }
+
+    def _slopes(self, value: Callable[[Sample], float]) -> dict[str, Slope]:
+        return {
+            peer: Slope.of([(sample.at, float(value(sample))) for sample in samples])
+            for peer, samples in self.survivors().items()
         }
 
 
 def _settled(samples: Sequence[Sample]) -> list[Sample]:
     warm_up = max(WARM_UP_SECONDS, WARM_UP_SHARE * (samples[-1].at - samples[0].at))
     return [sample for sample in samples if sample.at - samples[0].at >= warm_up]
+
+
+def _alike(samples: Sequence[Sample]) -> list[Sample]:
+    """Those with the number of processes that is most frequent."""
+    counts = Counter(sample.processes for sample in samples)
+    return [sample for sample in samples if sample.processes == max(counts, key=counts.__getitem__)]
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 async def keep_sampling(health: Health, pids: Callable[[], Mapping[str, int]]) -> None:
@@ -120,9 +143,10 @@ def _sample(pid: int) -> Sample | None:
     memory = files = 0
     try:
         root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
+        processes = [root, *root.children(recursive=True)]
+        for process in processes:
             memory += _share_of(process)
             files += process.num_fds()
     except psutil.Error:  # it, or a part of it, has just ended: what was counted is no whole
         return None
-    return Sample(time.monotonic(), memory, files)
+    return Sample(time.monotonic(), memory, files, len(processes))

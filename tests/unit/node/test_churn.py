@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 
 from node.bench.churn.health import Health, Sample, Slope, keep_sampling
 from node.bench.churn.journal import Counted, Journal, Struck, count_microbatches, percentile
@@ -83,7 +84,7 @@ def peer_samples(*, growth: float, minutes: float = 30.0) -> list[Sample]:
     """`growth`: bytes a second, after a start that takes what it takes."""
     times = [10.0 * turn for turn in range(int(minutes * 6))]
     sizes = [4e8 + 1e6 * min(at, 100.0) + growth * at + 1e5 * (turn % 3) for turn, at in enumerate(times)]
-    return [Sample(at, int(size), 50) for at, size in zip(times, sizes, strict=True)]
+    return [Sample(at, int(size), 50, 6) for at, size in zip(times, sizes, strict=True)]
 
 
 def test_a_leak_shows_and_a_start_does_not() -> None:
@@ -98,11 +99,23 @@ def test_memory_that_wanders_is_no_trend() -> None:
     chance, wandering, size = random.Random(1), [], 4e8
     for turn in range(180):
         size += chance.gauss(0.0, 1e6) - 0.1 * (size - 4e8)
-        wandering.append(Sample(20.0 * turn, int(size), 50))
+        wandering.append(Sample(20.0 * turn, int(size), 50, 6))
     slope = Health({"wanders": wandering}).memory_slopes()["wanders"]
     assert abs(slope.per_second) < 2 * slope.error
     alone = Slope.of([(float(at), float(at % 2)) for at in range(100)])  # points that say nothing of the next one
     assert alone.error < 0.01
+
+
+def test_open_files_of_an_averager_that_starts_late_are_no_leak() -> None:
+    alone = [Sample(20.0 * turn, 4 * 10**8, 90, 6) for turn in range(10, 20)]
+    together = [Sample(20.0 * turn, 5 * 10**8, 140 + turn % 2, 8) for turn in range(20, 60)]
+    summary = Health({"peer": alone + together}).summary()
+    assert summary["open_files_change"] == 1
+    assert abs(summary["open_files_slope_per_hour"]) < 2 * summary["open_files_slope_error_per_hour"]
+    leaking = [replace(sample, open_files=sample.open_files + turn // 5) for turn, sample in enumerate(together)]
+    summary = Health({"peer": alone + leaking}).summary()
+    assert summary["open_files_change"] >= 5
+    assert summary["open_files_slope_per_hour"] > 5 * summary["open_files_slope_error_per_hour"]
 
 
 def test_who_lived_too_short_says_nothing_of_trends() -> None:
@@ -111,6 +124,8 @@ def test_who_lived_too_short_says_nothing_of_trends() -> None:
         "survivors": 0,
         "memory_slope_mb_per_hour": None,
         "memory_slope_error_mb_per_hour": None,
+        "open_files_slope_per_hour": None,
+        "open_files_slope_error_per_hour": None,
         "open_files_change": None,
     }
 
@@ -129,3 +144,4 @@ def test_a_living_process_is_sampled_and_one_that_is_gone_is_passed_over() -> No
     assert set(health.samples) == {"me"}
     assert health.samples["me"][0].memory_bytes > 1e6
     assert health.samples["me"][0].open_files > 0
+    assert health.samples["me"][0].processes > 0
