@@ -425,4 +425,5 @@ class StageAgreement:
         return [self.peer, *(tally.peer for tally in self._peers_at_this_step())]
 
     def _peers_at_this_step(self) -> list[Tally]:
-        return [tally for tally in self._tallies.values() if self._stands_here(tally) and not tally.resyncing]
+        told = tuple(self._tallies.values())  # all at once: what is missing is asked for on another thread too
+        return [tally for tally in told if self._stands_here(tally) and not tally.resyncing]

@@ -23,19 +23,20 @@ from typing import Any
 from coordinator import children
 from coordinator.dht_process import DhtProcess, addresses_of, start_process
 from coordinator.errors import DirectoryLost, SwarmError
-from coordinator.hivemind_parts import DHT, DHTNode
+from coordinator.hivemind_parts import DHT, DHTNode, Multiaddr, PeerID
 from coordinator.identity import write_key_file
 from coordinator.listening import Listen, with_checked_port
 
 START_TIMEOUT = timedelta(seconds=60)
 REQUEST_TIMEOUT = timedelta(seconds=15)
+CALL_TIMEOUT = timedelta(seconds=5)  # for one peer to answer a call
 _KEY_FILE = "dht_identity.key"
 
 Found = dict[str, dict[str, bytes]]
 """By key: by subkey: the stored bytes."""
 
 RequestListener = Callable[[str, float, bool], None]
-"""Told of a request that has ended: its kind ("store", "get"), the seconds it took, whether it failed."""
+"""Told of a request that has ended: its kind ("store", "get", "call"), the seconds it took, whether it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,22 @@ async def _read(_dht: DHT, node: DHTNode, *, keys: Collection[str]) -> Found:
         for key, entry in found.items()
         if entry is not None and isinstance(entry.value, dict)
     }
+
+
+async def _call(_dht: DHT, node: DHTNode, *, addresses: Collection[str]) -> int:
+    """Runs in the DHT's process: afterwards this node and those who answer are in each other's routing tables."""
+    return sum(await asyncio.gather(*(_answers(node, address) for address in addresses)))
+
+
+async def _answers(node: DHTNode, address: str) -> bool:
+    try:
+        full = Multiaddr(address)
+        peer = PeerID.from_base58(full["p2p"])
+        async with asyncio.timeout(CALL_TIMEOUT.total_seconds()):
+            await node.p2p._client.connect(peer, [full.decapsulate(Multiaddr(f"/p2p/{full['p2p']}"))])
+            return await node.protocol.call_ping(peer) is not None
+    except Exception:  # noqa: BLE001 - an address that is none, nobody there, somebody else there: all the same here
+        return False
 
 
 class Directory:
@@ -119,7 +136,7 @@ class Directory:
 
     @property
     def request_stats(self) -> dict[str, RequestStats]:
-        """By kind of request ("store", "get"): how many and how long."""
+        """By kind of request ("store", "get", "call"): how many and how long."""
         return dict(self._stats)
 
     def is_alive(self) -> bool:
@@ -142,6 +159,17 @@ class Directory:
         """
         found: Found = await self._request("get", partial(self._dht.run_coroutine, partial(_read, keys=keys)))
         return found
+
+    async def call(self, addresses: Collection[str]) -> int:
+        """Looks for peers at their full multiaddresses; how many answer.
+
+        hivemind forgets whoever does not answer for three seconds, and calls nobody of its own accord: a node whose
+        network was away for a moment may know nobody afterwards, and be known to nobody.
+
+        Raises:
+            DirectoryLost: the DHT is gone or did not answer in time.
+        """
+        return int(await self._request("call", partial(self._dht.run_coroutine, partial(_call, addresses=addresses))))
 
     def close(self) -> None:
         """Stops the DHT and makes sure that none of its processes is left. Blocks up to seconds; safe to call twice."""

@@ -15,5 +15,16 @@ with warnings.catch_warnings():
     from hivemind.dht.routing import DHTID
     from hivemind.p2p import P2P, PeerID
     from hivemind.utils import MSGPackSerializer
+    from hivemind.utils.multiaddr import Multiaddr
 
-__all__ = ["DHT", "DHTID", "P2P", "DHTNode", "DHTRecord", "MSGPackSerializer", "PeerID", "RecordValidatorBase"]
+__all__ = [
+    "DHT",
+    "DHTID",
+    "P2P",
+    "DHTNode",
+    "DHTRecord",
+    "MSGPackSerializer",
+    "Multiaddr",
+    "PeerID",
+    "RecordValidatorBase",
+]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +90,7 @@ class Swarm:
 
     @property
     def dht_request_seconds(self) -> Mapping[str, RequestStats]:
-        """By kind of request to the directory ("store", "get"): how many, how long, how many failed."""
+        """By kind of request to the directory ("store", "get", "call"): how many, how long, how many failed."""
         return self._directory.request_stats
 
     def on_dht_request(self, listener: RequestListener) -> None:
@@ -108,6 +108,14 @@ class Swarm:
     def is_alive(self) -> bool:
         """Whether the directory's processes run. Once False it stays so: leave and start the peer again."""
         return self._directory.is_alive()
+
+    async def call(self, addresses: Collection[str]) -> int:
+        """Looks for others at their multiaddresses, for one who sees nobody any more; how many answer.
+
+        Raises:
+            DirectoryLost
+        """
+        return await self._directory.call(addresses)
 
     def close(self) -> None:
         """Leaves the directory and stops its processes. Blocks up to seconds; safe to call twice."""

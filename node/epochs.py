@@ -93,10 +93,14 @@ class EpochWatch:
         epoch: that it lives in.
         ledger: of its stage.
         restored: its state comes from a copy, so nobody retains what followed: there is nothing to wait for.
+        unobtainable: the step of a copy that could not be fetched when this peer started.
     """
 
-    def __init__(self, peer_id: str, epoch: Epoch, ledger: StageLedger, *, restored: bool) -> None:
+    def __init__(
+        self, peer_id: str, epoch: Epoch, ledger: StageLedger, *, restored: bool, unobtainable: int = 0
+    ) -> None:
         self.epoch = epoch
+        self._unobtainable = unobtainable
         self._peer_id, self._ledger = peer_id, ledger
         self._stall = Stall()
         self._has_warned = False  # of this stall
@@ -109,7 +113,8 @@ class EpochWatch:
             raise EpochBegins(newest, f"the run goes back to step {newest.step}: a stage lost what followed")
         ledger, now = self._ledger, time.monotonic()
         copy = newest_copy(snapshot, self.epoch, ledger.stage)
-        if copy is not None and copy.step > ledger.committed and not self._somebody_serves(snapshot, copy.step):
+        newer_than = max(ledger.committed, self._unobtainable)
+        if copy is not None and copy.step > newer_than and not self._somebody_serves(snapshot, copy.step):
             raise CopyAtHand(f"a copy of stage {ledger.stage} at step {copy.step} is at hand", ledger.committed)
         left = serving and is_left_behind(snapshot, self.epoch, ledger.stage, ledger.committed)
         progress = ledger.committed, ledger.done, ledger.begun

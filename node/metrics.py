@@ -28,7 +28,7 @@ STATES: tuple[State, ...] = ("joining", "serving", "draining", "complete")
 _CHECKPOINT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _DHT_BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _HOP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30)
-_DHT_REQUESTS = ("get", "store")
+_DHT_REQUESTS = ("get", "store", "call")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -22,7 +23,7 @@ from coordinator.routing import choose_next_hop, choose_next_hops
 from coordinator.swarm import PEER_RENEWAL, Swarm
 from coordinator.ticket import Ticket
 from node import invitation
-from node.acquaintances import remember
+from node.acquaintances import remember, ways_in
 from node.custody import Custodian
 from node.epochs import EpochWatch
 from node.replication.group import ReplicaGroup
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 SEEKING = timedelta(milliseconds=400)  # between looks at the directory while the downstream link is missing
 WATCHING = timedelta(seconds=3)  # between looks while it is there
+CALLING = timedelta(seconds=5)  # between calls to peers met before, while nobody is to be seen
+TRYING = timedelta(seconds=30)  # for a peer of the next stage to be reached, before another may have its place
 _UNMEASURED: Mapping[str, float] = {}
 
 
@@ -97,6 +100,9 @@ class Presence:
         self._rate = ServiceRate(entry.throughput)
         self._shared = shared
         self._current: str | None = None  # peer id of the next hop
+        self._tried_since: dict[str, float] = {}  # monotonic seconds, by peer of the next stage that is to be dialled
+        self._called_at = -math.inf  # monotonic seconds
+        self._state_changed = asyncio.Event()  # since the directory was looked at
         self.beside: int | None = None
         """A stage that this peer has claimed too, because it is about to move there."""
 
@@ -159,6 +165,7 @@ class Presence:
                 async with asyncio.timeout(PEER_RENEWAL.total_seconds()):
                     await self._reporter.state_changed.wait()
                     self._reporter.state_changed.clear()
+                    self._state_changed.set()
             except TimeoutError:
                 pass
             await self._unless_dead(self.announce)
@@ -174,7 +181,11 @@ class Presence:
         while True:
             await self._unless_dead(self._look)
             linked = self._peer.neighbours.links_open[Side.DOWNSTREAM] or self._peer.ledger.is_last
-            await asyncio.sleep((WATCHING if linked else SEEKING).total_seconds())
+            seeks = not linked and (self._shared is None or self._shared.group.serving)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout((SEEKING if seeks else WATCHING).total_seconds()):
+                    await self._state_changed.wait()
+            self._state_changed.clear()
 
     async def leave(self, towards: Epoch | None = None) -> None:
         """Takes the entry out, so that nobody waits for this peer. Where the directory died, it expires by itself.
@@ -195,10 +206,10 @@ class Presence:
     async def _look(self) -> None:
         ledger, linked = self._peer.ledger, self._peer.neighbours.links_open[Side.DOWNSTREAM]
         snapshot = await self._swarm.snapshot(self._entry.run_id, ledger.num_stages)
-        remember(
-            self._state_folder,
-            (a for e in snapshot.all_peers() if e.peer_id != self._entry.peer_id for a in e.bootstrap),
-        )
+        others = [entry for entry in snapshot.all_peers() if entry.peer_id != self._entry.peer_id]
+        if not others:
+            await self._call_others()
+        remember(self._state_folder, (address for entry in others for address in entry.bootstrap))
         invitation.keep_fresh(self._state_folder, invitation.of_swarm(self._ticket, snapshot, self._entry.peer_id))
         metrics = self._reporter.metrics
         metrics.set_swarm(SwarmView.of(snapshot), contribution(snapshot, self._entry.peer_id))
@@ -208,6 +219,15 @@ class Presence:
             self._follow_all(snapshot, self._shared)
         elif not ledger.is_last:
             self._follow_one(snapshot, self._current if linked else None)  # a hop that has just failed is chosen anew
+
+    async def _call_others(self) -> None:
+        """Nobody is to be seen: either this peer is alone, or its directory has lost all others."""
+        if time.monotonic() - self._called_at < CALLING.total_seconds():
+            return
+        addresses = ways_in(self._ticket.bootstrap, self._state_folder)
+        answered = await self._swarm.call(addresses)
+        self._called_at = time.monotonic()
+        log.info("nobody else is to be seen: called %d addresses, %d answered", len(addresses), answered)
 
     def _follow_one(self, snapshot: DirectorySnapshot, current: str | None) -> None:
         hop = choose_next_hop(snapshot, self._entry.stage + 1, current, _UNMEASURED, random.Random(), now=time.time())
@@ -221,10 +241,19 @@ class Presence:
         snapshot = snapshot.where(lambda entry: epoch_of(entry) == shared.epochs.epoch)
         replicas = [entry for entry in snapshot.at(stage) if entry.peer_id != me and entry.is_live(now)]
         group.listed({entry.peer_id: entry.endpoints[0] for entry in replicas})
-        if not self._peer.ledger.is_last:
-            known = frozenset(self._peer.neighbours.next_hops)
-            hops = choose_next_hops(snapshot, stage + 1, known, random.Random(me), now=now)
-            self._peer.neighbours.set_next_hops({entry.peer_id: entry.endpoints[0] for entry in hops})
+        neighbours = self._peer.neighbours
+        # Who takes over a state has nothing to send yet, and would only keep others from dropping what they retain.
+        if not self._peer.ledger.is_last and (group.serving or neighbours.next_hops):
+            hops = choose_next_hops(snapshot, stage + 1, self._known_hops(), random.Random(), now=now)
+            neighbours.set_next_hops({entry.peer_id: entry.endpoints[0] for entry in hops})
+
+    def _known_hops(self) -> frozenset[str]:
+        """Peers of the next stage that are linked, or have not been tried for long."""
+        neighbours, now = self._peer.neighbours, time.monotonic()
+        since = self._tried_since
+        self._tried_since = {peer: since.get(peer, now) for peer in neighbours.next_hops}
+        new = {peer for peer, at in self._tried_since.items() if now - at < TRYING.total_seconds()}
+        return frozenset(neighbours.linked(Side.DOWNSTREAM) | new)
 
     def _check_claim(self, snapshot: DirectorySnapshot) -> None:
         """Two peers that claimed one stage within a slow directory's blind moment: the later claim gives way."""

@@ -50,7 +50,7 @@ from node.replication.calls import GrpcLine, ReplicaService
 from node.replication.group import Means, Member, ReplicaGroup
 from node.replication.record import StepRecorder
 from node.reporting import EventReporter
-from node.restoring import take_up
+from node.restoring import TakenUp, take_up
 from node.sampling import keep_sampling
 from node.tcp_links import LinkWatch
 from node.version import __version__
@@ -253,7 +253,8 @@ class StageNode:
         links = LinkWatch(int(entry.endpoints[0].rpartition(":")[2]))
         folder = self._spec.state_folder
         with self._steps.step("state") as note:
-            epoch, restored = await take_up(self._swarm, config, entry, folder, on_progress=reporter.transfer)
+            taken_up = await take_up(self._swarm, config, entry, folder, on_progress=reporter.transfer)
+            epoch = taken_up.epoch
             if epoch != epoch_of(entry):
                 entry = replace(entry, epoch=epoch.number, epoch_step=epoch.step)
                 await self._swarm.publish_peer(entry)  # others follow while this peer builds its stage
@@ -262,9 +263,9 @@ class StageNode:
             identity = LinkIdentity(epoch.named(config.run_id), entry.stage, self._peer_id)
             self._peer = parts.joined(identity, reporter)
             committed = parts.ledger.committed
-            whence = " from a copy that peers of the next stage keep" if restored else ""
+            whence = " from a copy that peers of the next stage keep" if taken_up.restored else ""
             note(f"step {committed} of {config.plan.steps}{whence}" if committed else "initial weights")
-        shared = self._shared(config, entry, parts, reporter, restored=restored)
+        shared = self._shared(config, entry, parts, reporter, taken_up)
         presence = Presence(
             self._swarm,
             entry,
@@ -319,7 +320,7 @@ class StageNode:
             raise MovedAway(self._moving.reason)
 
     def _shared(
-        self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter, *, restored: bool
+        self, config: RunConfig, entry: PeerEntry, parts: StageParts, reporter: EventReporter, taken_up: TakenUp
     ) -> Shared | None:
         """What a peer has besides where stages are shared."""
         group = self._group(config, entry, parts, reporter)
@@ -327,9 +328,16 @@ class StageNode:
             return None
         run_folder = self._spec.state_folder / config.run_id
         every = common_steps(config)
+        watch = EpochWatch(
+            self._peer_id,
+            taken_up.epoch,
+            parts.ledger,
+            restored=taken_up.restored,
+            unobtainable=taken_up.unobtainable,
+        )
         return Shared(
             group,
-            EpochWatch(self._peer_id, epoch_of(entry), parts.ledger, restored=restored),
+            watch,
             Custodian(self._swarm, config.run_id, config.stages, run_folder, common_every=every),
             parts.told_checkpoints,
         )

@@ -1,7 +1,7 @@
 """The ledger of one stage: what it has received, computed, sent and committed, and what is to be done next.
 
 A pure state machine: it knows no network, no tensor and no clock. Payloads are opaque to it, which is why the same
-class is tested with arithmetic toys under thousands of fault plans and runs the real swarm.
+class is tested with arithmetic toys under hundreds of fault plans and runs the real swarm.
 
 The promise (DESIGN, section 5): each microbatch's gradient enters each stage's update exactly once, however often
 frames are duplicated, reordered, delayed or lost, and whoever dies. It rests on four rules:
@@ -178,6 +178,16 @@ class StageLedger:
         return frozenset(self._work.forwarded)
 
     @property
+    def promised(self) -> frozenset[MicrobatchId]:
+        """Of those begun here, what this peer can bring to an end: others need not begin it."""
+        return self.begun if self._is_heard_beyond else self.done
+
+    @property
+    def _is_heard_beyond(self) -> bool:
+        """Whether what is forwarded reaches anybody, where others could do it in this peer's place."""
+        return not self.shared or self.is_last or len(self._marks[Side.DOWNSTREAM]) > 0
+
+    @property
     def own_losses(self) -> Mapping[MicrobatchId, float]:
         """Losses of the present step's microbatches that are done here, nats per token."""
         return {name: self._work.losses[name] for name in self._work.done}
@@ -242,7 +252,7 @@ class StageLedger:
         if len(self._work.forwarded) == len(order) or (self.is_last and self.frozen):
             return None
         if self.is_first:
-            if self.in_flight >= self.window:
+            if self.in_flight >= self.window or not self._is_heard_beyond:
                 return None
             picked = self.pick([name for name in order if name not in self._work.forwarded])
             return None if picked is None else Forward(picked, None)
@@ -360,7 +370,8 @@ class StageLedger:
         self._has_earlier_weights = has_earlier_weights
         self._enter(step)
         self.durable = durable
-        self._mark = durable if self._is_mark(durable) else None
+        # It never goes back to before this state, so it needs no more than those who have a checkpoint of the mark.
+        self._mark = durable if self._is_mark(durable) else durable - durable % self.checkpoint_every
 
     # -- what came in -------------------------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ class SideMarks:
     def __iter__(self) -> Iterator[Mark]:
         return iter(self._marks.values())
 
+    def __len__(self) -> int:
+        return len(self._marks)
+
     def of(self, peer: str) -> Mark:
         """Of one peer; of one that has told nothing, the beginning."""
         return self._marks.get(peer) or Mark()

@@ -27,6 +27,9 @@ from stage_server.work import SOLE, Declined, Forwarded, Outbound, Side
 REDIAL_FIRST = timedelta(milliseconds=50)
 REDIAL_LONGEST = timedelta(seconds=2)
 GOODBYE_LIMIT = timedelta(seconds=2)
+OVERDUE = timedelta(seconds=30)
+"""For each stage beyond: who owes answers for so long and has given none is asked for nothing while others can be."""
+AVOIDED = timedelta(minutes=1)
 _WATCH = timedelta(seconds=0.5)
 
 
@@ -61,6 +64,7 @@ class Neighbours:
         self._hops: dict[str, str] = {}  # endpoint by peer
         self._hops_changed = asyncio.Event()
         self._services = ServiceTimes()
+        self._avoided: dict[str, float] = {}  # until when, monotonic seconds, by peer
         self._last: str | None = None
         self._chance = random.Random()
 
@@ -70,6 +74,10 @@ class Neighbours:
     def links_open(self) -> dict[Side, bool]:
         """By side, whether there is any link."""
         return {side: any(known is side for known, _ in self._sessions) for side in Side}
+
+    def linked(self, side: Side) -> frozenset[str]:
+        """The peers of that side to whom there is a link."""
+        return frozenset(peer for known, peer in self._sessions if known is side)
 
     @property
     def next_hops(self) -> Mapping[str, str]:
@@ -94,6 +102,7 @@ class Neighbours:
                     tasks[peer] = asyncio.create_task(self._keep(peer))
                 for peer in tasks.keys() - self._hops.keys():
                     await _cancelled(tasks.pop(peer))
+                    self._services.forget(peer)
                     self._leave(peer)
                 self._leave_silent()
                 woken = asyncio.create_task(self._hops_changed.wait())
@@ -124,18 +133,27 @@ class Neighbours:
                 pause = min(2 * pause, REDIAL_LONGEST)
 
     def _leave_silent(self) -> None:
-        """Whoever has not spoken for long, or has no link, is left as soon as somebody else can be asked."""
-        if self._ledger.shared and (answering := self._answering()):
+        """Who has not spoken or answered for long, or has no link, is left as soon as somebody else can be asked."""
+        if not self._ledger.shared:
+            return
+        now = time.monotonic()
+        # What stands still in a stage beyond keeps all before it waiting: who is nearest to it finds out first.
+        patience = OVERDUE.total_seconds() * (self._ledger.num_stages - 1 - self._ledger.stage)
+        overdue = self._services.overdue(self._ledger.outstanding(), now, patience)
+        self._avoided = {peer: until for peer, until in self._avoided.items() if until > now}
+        self._avoided |= dict.fromkeys(overdue, now + AVOIDED.total_seconds())
+        if answering := self._answering():
             for peer in self._ledger.routes.addressees() - answering:
                 self._leave(peer)
 
     def _answering(self) -> set[str]:
-        """Peers of the next stage that are linked and speak."""
-        return {
+        """Peers of the next stage that are linked, speak, and answer; where none is, those that speak."""
+        speaking = {
             peer
             for (side, peer), session in self._sessions.items()
             if side is Side.DOWNSTREAM and not session.is_suspect
         }
+        return (speaking - self._avoided.keys()) or speaking
 
     def _leave(self, peer: str) -> None:
         self._ledger.routes.leave(peer)
@@ -246,6 +264,7 @@ class Neighbours:
 
     def answered(self, name: MicrobatchId, peer: str) -> None:
         """A peer of the next stage has answered."""
+        self._avoided.pop(peer, None)
         self._services.returned(name, peer, time.monotonic())
 
     def step_ended(self, step: int) -> None:

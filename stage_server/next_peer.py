@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from stage_server.ids import MicrobatchId
 
 _WEIGHT = 0.2  # of the newest measurement
+_OVERDUE_FACTOR = 20.0  # times what the slowest peer takes
 
 
 class ServiceTimes:
@@ -15,6 +16,7 @@ class ServiceTimes:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._answered_at: dict[str, float] = {}
         self._sent: dict[MicrobatchId, tuple[str, float, int]] = {}
 
     def sent(self, name: MicrobatchId, peer: str, now: float, outstanding: int) -> None:
@@ -22,7 +24,8 @@ class ServiceTimes:
         self._sent[name] = peer, now, outstanding
 
     def returned(self, name: MicrobatchId, peer: str, now: float) -> None:
-        """The answer is here. One from another peer than was asked last says nothing."""
+        """The answer is here. One from another peer than was asked last says nothing of the time that it took."""
+        self._answered_at[peer] = now
         asked, sent_at, outstanding = self._sent.get(name, (None, 0.0, 0))
         if asked != peer:
             return
@@ -30,6 +33,31 @@ class ServiceTimes:
         seconds = (now - sent_at) / (outstanding + 1)
         before = self.seconds.get(peer)
         self.seconds[peer] = seconds if before is None else before + _WEIGHT * (seconds - before)
+
+    def forget(self, peer: str) -> None:
+        """The peer is gone."""
+        self.seconds.pop(peer, None)
+        self._answered_at.pop(peer, None)
+
+    def overdue(self, outstanding: Mapping[str, int], now: float, least_seconds: float) -> frozenset[str]:
+        """Peers that owe answers and have given none for long: they speak, but do not work.
+
+        Long is `least_seconds`, or many times what the slowest takes for as much. Before anything was measured nobody
+        is judged.
+        """
+        if not self.seconds:
+            return frozenset()
+        slowest = max(self.seconds.values())
+        oldest: dict[str, float] = {}
+        for peer, sent_at, _ in self._sent.values():
+            oldest[peer] = min(sent_at, oldest.get(peer, sent_at))
+        return frozenset(
+            peer
+            for peer, sent_at in oldest.items()
+            if (owed := outstanding.get(peer, 0))
+            and now - max(sent_at, self._answered_at.get(peer, sent_at))
+            > max(least_seconds, _OVERDUE_FACTOR * slowest * (owed + 1))
+        )
 
     def forget_before(self, step: int) -> None:
         """Of earlier steps nothing is waited for any more."""

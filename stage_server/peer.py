@@ -178,24 +178,35 @@ class StagePeer:
                 await self._perform(device, Checkpoint(StepIndex(self.ledger.committed)))
 
     async def order(self, what: Callable[[], T]) -> T:
-        """Runs something on the device thread, between two tasks, and returns its result."""
+        """Runs something on the device thread, between two tasks, and returns its result.
+
+        Who gives up waiting has either kept it from being begun, or is let go when it has ended: nothing touches the
+        weights behind anybody's back.
+        """
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._orders.append((what, done))
+        order = (what, done)
+        self._orders.append(order)
         self._wake.set()
-        return await done
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            if order in self._orders:
+                self._orders.remove(order)
+            else:
+                await asyncio.wait({done})
+            raise
 
     async def _obey(self, device: ThreadPoolExecutor) -> None:
         while self._orders:
             what, done = self._orders.popleft()
             try:
                 with self._clock.computing():
-                    result = await asyncio.get_running_loop().run_in_executor(device, what)
+                    done.set_result(await asyncio.get_running_loop().run_in_executor(device, what))
             except StageError as error:
-                if not done.done():
-                    done.set_exception(error)
-            else:
-                if not done.done():
-                    done.set_result(result)
+                done.set_exception(error)
+            except BaseException:
+                done.cancel()
+                raise
 
     async def _wait(self) -> None:
         if self.ledger.complete and not self._reported_complete:
@@ -340,6 +351,9 @@ class StagePeer:
         self.ledger.committed_step(step)
         self.neighbours.step_ended(step)
         self._window.step_ended()
+        # What others have done in this peer's place leaves no trace of its own.
+        self._sent_at = {name: at for name, at in self._sent_at.items() if name.step > step}
+        self._replays.step_ended(step)
         self.neighbours.report()
         wall, pace, compute, wait, link = self._clock.lap()
         plan = self.ledger.plan

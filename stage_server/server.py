@@ -18,7 +18,8 @@ from stage_server.grpc_links import ServerStream, abort, server_options
 from stage_server.links import FrameStream
 from stage_server.state_serving import StateLimits, StateServing
 
-MAX_CONCURRENT_CALLS = 64
+MAX_CONCURRENT_CALLS = 1024
+"""Each peer of the stage before holds one for its link; those who ask for a state must still find a place."""
 SERVICE = "resbm.v1.Stage"
 
 Context = grpc.aio.ServicerContext[Any, Any]

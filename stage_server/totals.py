@@ -50,6 +50,10 @@ class Replays:
         self._under_way.discard(name)
         return replayed
 
+    def step_ended(self, step: int) -> None:
+        """The step is committed: what of it is not done here was done elsewhere."""
+        self._under_way = {name for name in self._under_way if name.step > step}
+
 
 class HopTimer:
     """Times microbatches from the hand-over of their latents to the link until their gradient is back. Pure."""

@@ -13,7 +13,7 @@ from resbm_pb.replicas_pb2_grpc import ReplicasServicer, ReplicasStub, add_Repli
 
 from coordinator.agreement import Round
 from node.replication.messages import ReplicaWord, decode_round, decode_word, encode_round, encode_word
-from stage_server.errors import LinkLost, ProtocolViolation, StageError, WrongRun, WrongStage
+from stage_server.errors import CorruptFrame, LinkLost, ProtocolViolation, StageError, WrongRun, WrongStage
 from stage_server.grpc_links import abort, channel_options
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class GrpcLine:
             reply = await self._stub.Agree(request, timeout=within.total_seconds())
         except grpc.aio.AioRpcError as error:
             raise LinkLost(f"a replica does not answer: {error.details()}") from None
+        if reply is None:  # gRPC's way to say that the bytes are no message
+            raise CorruptFrame("a replica's answer is no message")
         return decode_word(reply.replica)
 
     async def prepare_state(self) -> Prepared:
@@ -73,6 +75,8 @@ class GrpcLine:
             reply = await self._stub.PrepareState(request, timeout=PREPARE_LIMIT.total_seconds())
         except grpc.aio.AioRpcError as error:
             raise LinkLost(f"a replica gives no state: {error.details()}") from None
+        if reply is None:
+            raise CorruptFrame("a replica's answer is no message")
         return Prepared(reply.step, reply.lineage)
 
     async def close(self) -> None:

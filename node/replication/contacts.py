@@ -15,6 +15,7 @@ from datetime import timedelta
 from coordinator.agreement import Round
 from node.replication.calls import Line
 from node.replication.messages import ReplicaWord
+from node.tasks import Background
 from stage_server.errors import StageError
 from stage_server.silence import Patience, Silence
 
@@ -70,9 +71,13 @@ class Contacts:
         own_word: Callable[[], ReplicaWord],
         heard: Callable[[ReplicaWord], None],
         line: Callable[[str], Line],
+        background: Background,
     ) -> None:
-        """`own_word`: what to tell now. `heard`: who is told of what others answer. `line`: dials an endpoint."""
-        self._own_word, self._heard, self._line = own_word, heard, line
+        """`own_word`: what to tell now. `heard`: who is told of what others answer. `line`: dials an endpoint.
+
+        `background`: where each conversation goes on, and what it may fail with is noticed.
+        """
+        self._own_word, self._heard, self._line, self._background = own_word, heard, line, background
         self._contacts: dict[str, Contact] = {}
         self._closed = False
         self._looked_at = 0.0  # monotonic seconds
@@ -159,7 +164,7 @@ class Contacts:
             if contact.talking is not None:
                 contact.talking.cancel()
             contact.endpoint = endpoint
-            contact.talking = asyncio.create_task(self._talk(contact))
+            contact.talking = self._background.start(self._talk(contact))
         return contact
 
     async def _talk(self, contact: Contact) -> None:

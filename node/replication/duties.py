@@ -96,7 +96,7 @@ class ReplicaDuties:
         position = ledger.plan.position
         return News(
             committed=ledger.committed,
-            begun=frozenset(map(position, ledger.begun)),
+            begun=frozenset(map(position, ledger.promised)),
             losses={position(name): loss for name, loss in ledger.own_losses.items()},
             earlier_losses={position(name): loss for name, loss in ledger.earlier_losses.items()},
         )

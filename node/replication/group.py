@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +50,10 @@ log = logging.getLogger(__name__)
 LOOK = timedelta(seconds=0.25)
 PAUSE_AFTER_FAILURE = timedelta(seconds=0.3)
 EXCUSED = timedelta(seconds=15)
-"""For how long a replica that held up a round while it had nothing to add is left out."""
+"""For how long a replica that held up rounds is left out."""
+FAILURES_WITH_LATER, FAILURES_WITH_EARLIER = 3, 6
+"""Rounds in a row that a replica may hold up though it serves. Of two that cannot exchange with each other, the one
+with the earlier claim goes on first; the other hears of it and takes over its state. Both must not go on at once."""
 AVERAGING_WITHIN = timedelta(minutes=2)
 """How long a new replica waits until its averaging, and the others', has started."""
 INTRODUCTION = timedelta(seconds=5)
@@ -100,7 +104,7 @@ class ReplicaGroup:
         self._agreement = StageAgreement(member.peer_id, sizes(peer.ledger.plan), committed, lineage, version)
         self._duties = ReplicaDuties(peer.ledger, self._agreement)
         self._background = Background()
-        self._contacts = Contacts(self._word, self._heard, means.line)
+        self._contacts = Contacts(self._word, self._heard, means.line, self._background)
         self._sums = Sums(
             f"{member.named}/{member.stage}",
             duties=self._duties,
@@ -118,6 +122,7 @@ class ReplicaGroup:
         self._resyncing: asyncio.Task[None] | None = None
         self._takeover: Takeover | None = None  # set while this replica's state is not what was agreed on
         self._excused: dict[str, float] = {}  # by peer: until when, monotonic seconds
+        self._failures: Counter[str] = Counter()  # by peer: rounds in a row that it has held up
         self._recounting = False
         self._level_at = committed
         self._listed_at: float | None = None  # monotonic seconds; when the directory was first heard
@@ -174,7 +179,8 @@ class ReplicaGroup:
         # Who cannot average yet takes no part: nobody waits for a process that is only starting.
         able = heard if self._sums.address else {}
         now = time.monotonic()
-        words = {p: word for p, word in able.items() if word.averager and self._excused.get(p, 0.0) < now}
+        self._excused = {peer: until for peer, until in self._excused.items() if until > now}
+        words = {peer: word for peer, word in able.items() if word.averager and peer not in self._excused}
         self._notice(words)
         self._introduce(heard, words)
 
@@ -291,9 +297,10 @@ class ReplicaGroup:
                 case Commit(step, averaged):
                     self._commit(step, averaged)
                 case Resync(peer, _):
-                    if self._resyncing is not None:
-                        self._resyncing.cancel()
-                    self._resyncing = self._background.start(self._take_over(peer))
+                    before = self._resyncing
+                    if before is not None:
+                        before.cancel()
+                    self._resyncing = self._background.start(self._take_over(peer, before))
         if self._round is not None and not self._agreement.is_frozen:
             self._drop_round()
         was_frozen = self._ledger.frozen
@@ -330,21 +337,34 @@ class ReplicaGroup:
         self._progress()
 
     def _excuse(self, failed: Round, error: Exception) -> None:
-        """Who takes over a state and cannot keep up with rounds meanwhile takes no part for a while.
+        """Who cannot keep up with rounds takes no part for a while: all others would wait for it again.
 
-        It has nothing to add, and all others would wait for it again. It will have to take over a newer state.
+        One that takes over a state has nothing to add, so once is enough; it will have to take over a newer state. What
+        one that serves had to add is computed again by others, so it is given some rounds.
         """
         for peer in failed.shares:
             contact = self._contacts.known.get(peer)
             word = contact.word if contact is not None else None
-            if word is not None and not word.serving and word.averager and _id_of(word.averager) in str(error):
+            if word is None or not word.averager or _id_of(word.averager) not in str(error):
+                continue
+            self._failures[peer] += 1
+            if self._failures[peer] >= self._most_failures(word):
+                log.warning("replica %s is left out of rounds for a while", peer)
                 self._excused[peer] = time.monotonic() + EXCUSED.total_seconds()
         self._look()
+
+    def _most_failures(self, word: ReplicaWord) -> int:
+        if not word.serving:
+            return 1
+        own = self._member.reserved_at, self._member.peer_id
+        return FAILURES_WITH_LATER if (word.reserved_at, word.peer_id) > own else FAILURES_WITH_EARLIER
 
     # -- commits ------------------------------------------------------------------------------------------------
 
     def _commit(self, step: int, averaged: Averaged) -> None:
         round_, agreed = self._sums.take(averaged)
+        for peer in self._failures.keys() & (round_.shares.keys() if round_ is not None else ()):
+            del self._failures[peer]
         self._lineages[step] = self._agreement.lineage
         if self._means.recorder is not None:
             self._means.recorder.committed(step, self._agreement.lineage, round_)
@@ -366,11 +386,18 @@ class ReplicaGroup:
             raise CheckpointInvalid("this peer is taking over a state itself")
         return await self._offer.prepare()
 
-    async def _take_over(self, peer: str) -> None:
-        """Becomes a copy of that replica. A failure is told to the agreement, which decides anew."""
+    async def _take_over(self, peer: str, before: asyncio.Task[None] | None) -> None:
+        """Becomes a copy of that replica. A failure is told to the agreement, which decides anew.
+
+        Args:
+            peer: that replica.
+            before: an attempt that was given up. Until it has ended its weights are still being put in place.
+        """
         self.serving = False
         self._means.on_serving(False)
         self._ledger.paused = True
+        if before is not None:
+            await asyncio.wait({before})
         held = None if self._takeover is None else self._takeover.held  # by one that was given up
         takeover = self._takeover = Takeover(self._peer, self._trainer, self._checkpoints, self._member.run_id, held)
         self._drop_round()

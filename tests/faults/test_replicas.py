@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.local_replicas import LocalReplicas, run, tiny
+from support.local_replicas import Hub, LocalReplicas, run, tiny
 from support.local_swarm import RUN_ID, Reference, token_source
 
+from node.replication import sums
+from node.replication.group import Averaging
 from node.unsplit import UnsplitModel, weights_digest
 from stage_server.config import StageConfig
 
@@ -91,3 +95,60 @@ def test_who_comes_when_the_run_is_over_gets_its_state(tmp_path: Path) -> None:
         check(swarm)
 
     run(scenario, tiny(stages=1, steps=2), tmp_path)
+
+
+def test_a_replica_that_serves_and_cannot_average_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a router that lets nobody in: it hears and is heard, and holds up every round that it is part of."""
+    monkeypatch.setattr(sums, "PATIENCE_FIRST", timedelta(seconds=0.5))
+    monkeypatch.setattr(sums, "PATIENCE_LEAST", timedelta(seconds=0.5))
+    hub = Hub()
+
+    async def averaging(num_values: int) -> Averaging:
+        made = await hub.averaging(num_values)
+        if made.address.startswith("averager 2 "):
+            made.hub = Hub()  # type: ignore[attr-defined]  # where nobody else ever comes
+        return made
+
+    async def scenario(swarm: LocalReplicas) -> None:
+        for _ in range(2):
+            await swarm.join(0)
+        first, second = swarm.of(0)
+        async with asyncio.timeout(60):
+            await first.complete.wait()
+        assert first.losses().keys() == set(range(1, 5))
+        expected = reference(swarm.config.model_dump_json()).losses
+        for step, loss in first.losses().items():
+            assert loss == pytest.approx(expected[step - 1], rel=1e-4)
+        assert not second.group.serving or second.group._ledger.committed == 4
+
+    run(scenario, tiny(stages=1, steps=4), tmp_path, new_averaging=averaging)
+
+
+def test_an_order_that_is_given_up_is_not_begun_or_has_ended(tmp_path: Path) -> None:
+    """What is put on the device thread may change weights: nobody goes on while it is under way."""
+
+    async def scenario(swarm: LocalReplicas) -> None:
+        await swarm.join(0)
+        await swarm.until_complete(60)
+        peer, begun, may_end = swarm.of(0)[0].peer, threading.Event(), threading.Event()
+        done: list[str] = []
+
+        def slow() -> None:
+            begun.set()
+            may_end.wait(30)
+            done.append("slow")
+
+        first = asyncio.create_task(peer.order(slow))
+        await asyncio.to_thread(begun.wait, 30)
+        second = asyncio.create_task(peer.order(lambda: done.append("second")))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        second.cancel()
+        await asyncio.wait({second}, timeout=10)
+        assert second.cancelled() and not first.done()
+        may_end.set()
+        await asyncio.wait({first}, timeout=10)
+        assert first.cancelled()
+        assert await peer.order(lambda: done) == ["slow"]
+
+    run(scenario, tiny(stages=1, steps=1), tmp_path)

@@ -23,9 +23,17 @@ def evaluate(step: int, index: int) -> MicrobatchId:
 
 
 def ledger(
-    stage: int, *, plan: Plan = PLAN, stages: int = 3, checkpoints: tuple[int, ...] = (0,), every: int = 100
+    stage: int,
+    *,
+    plan: Plan = PLAN,
+    stages: int = 3,
+    checkpoints: tuple[int, ...] = (0,),
+    every: int = 100,
+    shared: bool = False,
 ) -> StageLedger:
-    return StageLedger(plan, stage=stage, num_stages=stages, checkpoints=checkpoints, checkpoint_every=every)
+    return StageLedger(
+        plan, stage=stage, num_stages=stages, checkpoints=checkpoints, checkpoint_every=every, shared=shared
+    )
 
 
 def compute(ledger: StageLedger) -> tuple[Task | None, list[Forwarded | Returned]]:

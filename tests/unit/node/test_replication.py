@@ -24,7 +24,7 @@ from node.replication.sources import next_source, spans
 from stage_server.errors import FrameError
 from stage_server.ledger import StageLedger
 from stage_server.plan import Plan
-from stage_server.work import Forward
+from stage_server.work import Forward, Side
 
 PLAN = Plan(steps=3, microbatches_per_step=6, evaluation_microbatches=2, evaluate_every=2)
 
@@ -77,6 +77,7 @@ def test_sources_together_begin_everything_once_when_they_hear_each_other(
 
 def first_stage(name: str) -> ReplicaDuties:
     ledger = StageLedger(PLAN, stage=0, num_stages=2, checkpoints=(0,), checkpoint_every=100, shared=True)
+    ledger.opened(Side.DOWNSTREAM, 0, [], "next")
     return ReplicaDuties(ledger, StageAgreement(name, sizes(PLAN)))
 
 

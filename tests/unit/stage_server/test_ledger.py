@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from support.one_ledger import (
     EVALUATING,
     FIRST,
     LAST,
     MIDDLE,
+    PLAN,
     UP,
     compute,
     evaluate,
@@ -19,7 +22,7 @@ from support.one_ledger import (
 )
 
 from stage_server.ids import MicrobatchKind, StepIndex
-from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Returned
+from stage_server.work import Backward, Checkpoint, Commit, Forward, Forwarded, Returned, Side
 
 # -- order ------------------------------------------------------------------------------------------------------
 
@@ -204,3 +207,29 @@ def test_a_run_is_complete_only_when_saved_and_evaluated() -> None:
         last.receive_latents(evaluate(3, index), "x")
     work(last)
     assert last.complete
+
+
+# -- shared stages ----------------------------------------------------------------------------------------------
+
+
+def test_a_source_begins_nothing_that_would_reach_nobody() -> None:
+    """Others of its stage would leave to it what it says it has begun."""
+    first = ledger(FIRST, shared=True)
+    assert first.next_task() is None
+    first.opened(Side.DOWNSTREAM, 0, [], "next")
+    assert first.next_task() == Forward(train(1, 0), None)
+    compute(first)
+    assert first.promised == {train(1, 0)}
+    first.closed(Side.DOWNSTREAM, "next")
+    assert first.begun == {train(1, 0)}
+    assert first.promised == set()
+    assert first.next_task() is None
+
+
+def test_a_state_that_was_taken_over_lets_others_drop_what_lies_before_its_mark() -> None:
+    """Else each newcomer would keep all stages from dropping anything until its own next mark."""
+    last = ledger(LAST, plan=replace(PLAN, steps=100), every=4, shared=True)
+    last.adopted(6, durable=6, has_earlier_weights=False)
+    assert last.status(Side.UPSTREAM) == (6, 4)
+    last.adopted(8, durable=8, has_earlier_weights=False)
+    assert last.status(Side.UPSTREAM) == (8, 8)

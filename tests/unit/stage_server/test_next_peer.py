@@ -76,3 +76,27 @@ def test_what_is_never_answered_is_forgotten_with_its_step() -> None:
     times.forget_before(2)
     times.returned(train(1, 0), "a", now=1.0)
     assert times.seconds == {}
+
+
+def test_who_owes_answers_and_gives_none_for_long_is_overdue() -> None:
+    times = ServiceTimes()
+    times.sent(train(1, 0), "a", now=0.0, outstanding=0)
+    times.sent(train(1, 1), "b", now=0.0, outstanding=0)
+    assert times.overdue({"a": 1, "b": 1}, now=1000.0, least_seconds=10.0) == set()  # nothing was measured yet
+    times.returned(train(1, 1), "b", now=1.0)
+    assert times.overdue({"a": 1}, now=10.0, least_seconds=10.0) == set()
+    assert times.overdue({"a": 1}, now=30.0, least_seconds=10.0) == set()  # twenty times a second, for it and one more
+    assert times.overdue({"a": 1}, now=41.0, least_seconds=10.0) == {"a"}
+    assert times.overdue({}, now=41.0, least_seconds=10.0) == set()  # somebody else has answered in its place
+    times.sent(train(1, 2), "a", now=1.0, outstanding=1)
+    times.returned(train(1, 2), "a", now=40.0)  # slow, but it works
+    assert times.overdue({"a": 1}, now=41.0, least_seconds=10.0) == set()
+
+
+def test_who_is_gone_is_no_measure() -> None:
+    times = ServiceTimes()
+    times.sent(train(1, 0), "a", now=0.0, outstanding=0)
+    times.returned(train(1, 0), "a", now=1.0)
+    times.forget("a")
+    times.forget("never there")
+    assert times.seconds == {}
