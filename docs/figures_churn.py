@@ -1,8 +1,9 @@
-"""Figure of `resbm-node bench churn`: steps a second while machines are killed, stopped, cut off and replaced."""
+"""Figures of `resbm-node bench churn`: steps a second while machines come and go, and whether peers grow."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,44 @@ def churn(source: Path, target: Path) -> None:
     axes.set_title(f"{plan['peers']} peers, {found['run']['stages']} stages, a blow every {plan['every_seconds']:g} s")
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+
+
+def rates(sources: Sequence[Path], target: Path) -> None:
+    """Throughput under churn, as a share of the same run's undisturbed one, against how often a machine is hit."""
+    points = [(0.0, 1.0)]
+    for source in sources:
+        result = json.loads(source.read_text())
+        found = result["measurements"]
+        minutes = found["plan"]["churn_seconds"] / 60
+        points.append((len(found["struck"]) / minutes, result["summary"]["throughput_ratio"]))
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.plot(*zip(*sorted(points), strict=True), "o", color=BLUE)
+    axes.axhline(0.7, color=GREY, linestyle="--", linewidth=1.2)
+    axes.set(xlabel="machines hit a minute, of 8, each replaced", ylabel="steps/s over undisturbed", ylim=(0, 1.25))
+    axes.set_xlim(-0.1, None)
+    axes.grid(axis="y", color=GREY, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+
+
+def growth(source: Path, target: Path) -> None:
+    """What peers that lived long held, all their processes together; blue, those to whom nothing happened."""
+    found = json.loads(source.read_text())["measurements"]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4))
+    for peer, samples in sorted(found["survivors"].items()):
+        is_spared = int(peer.rpartition("-")[2]) <= found["plan"]["num_spared"]
+        minutes = [sample["at"] / 60 for sample in samples]
+        held = ([sample["memory_bytes"] / 2**20 for sample in samples], [sample["open_files"] for sample in samples])
+        for axes, values in zip(panels, held, strict=True):
+            axes.plot(minutes, values, color=BLUE if is_spared else GREY, linewidth=1.6 if is_spared else 0.8)
+    for axes, label in zip(panels, ("memory of a peer (PSS), MiB", "open files of a peer"), strict=True):
+        axes.set(xlabel="minutes", ylabel=label, ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(target, dpi=150)
     plt.close(figure)

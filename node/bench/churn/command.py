@@ -53,7 +53,10 @@ def churn(
     every: Annotated[float, typer.Option(min=1, help="Seconds between two blows.")] = 20.0,
     stop: Annotated[float, typer.Option(min=0, help="Seconds that a stopped peer sleeps.")] = 15.0,
     spare: Annotated[
-        int, typer.Option(min=0, help="Peers to whom nothing happens: what a long run does to a peer is seen in them.")
+        int,
+        typer.Option(
+            min=0, help="Peers to whom nothing happens, each at one stage for good: a long run shows in them."
+        ),
     ] = 0,
     rate: Annotated[float, typer.Option(min=0.01, help="Mbit/s of each up-link and down-link.")] = 80.0,
     round_trip: Annotated[
@@ -180,7 +183,8 @@ class _Findings:
             await swarm.start()
             for number in range(self._plan.peers):
                 self._doing(f"peer {number + 1} of {self._plan.peers} measures this machine", 0.0)
-                await swarm.until_settled(await swarm.join(late=False))
+                stage = str(number % self._config.stages) if number < self._plan.num_spared else "auto"
+                await swarm.until_measured(await swarm.join(late=False, stage=stage))
             await self._until_formed(swarm)
             self._marks["quiet"] = time.monotonic()
             await self._pass(self._plan.quiet_seconds, "undisturbed", 0.0)

@@ -15,13 +15,13 @@ from node import invitation
 from node.bench.churn.journal import Journal, Struck
 from node.bench.churn.schedule import Blow
 from node.demo import COMMAND, COORDINATOR, Child, Place
-from node.events import Assigned, Evaluation, Event, Moving, StageStep, TicketPrinted, Worker
+from node.events import Assigned, Check, Evaluation, Event, Moving, StageStep, TicketPrinted, Worker
 from node.lab.namespaces import INTERFACE, NamespaceLab
 from node.processes import kill_tree
 from node.replication.record import EVERY_VARIABLE, FOLDER_VARIABLE
 
 TICKET_WITHIN = 60.0  # seconds
-SETTLED_WITHIN = 120.0
+MEASURED_WITHIN = 120.0
 LEAVING = 15.0
 
 
@@ -41,6 +41,7 @@ class ChurnSwarm:
         self._coordinator: Child | None = None
         self._started: list[Child] = []  # the coordinator and all peers that there ever were
         self._peers: dict[str, Child] = {}  # those that were neither killed nor asked to leave
+        self._measured: set[str] = set()
         self._stage: dict[str, int] = {}
         self._stopped: dict[str, list[psutil.Process]] = {}
         self._cut: set[str] = set()
@@ -82,10 +83,10 @@ class ChurnSwarm:
         kept = (invitation.read(self._folder / name) for name in self.serving)
         return next(filter(None, kept), await self._ticket)
 
-    async def until_settled(self, name: str) -> None:
-        """Until the peer has a stage: of several that measure at once, each finds the machine slow."""
-        async with asyncio.timeout(SETTLED_WITHIN):
-            while name not in self._stage:  # noqa: ASYNC110 - told by another process
+    async def until_measured(self, name: str) -> None:
+        """Until the peer has measured its machine: of several that do so at once, each finds it slow."""
+        async with asyncio.timeout(MEASURED_WITHIN):
+            while name not in self._measured:  # noqa: ASYNC110 - told by another process
                 await asyncio.sleep(0.1)
 
     def end_coordinator(self) -> None:
@@ -175,7 +176,10 @@ class ChurnSwarm:
         match event:
             case TicketPrinted() if not self._ticket.done():
                 self._ticket.set_result(event.ticket)
+            case Check(name="speed"):
+                self._measured.add(name)
             case Assigned():
+                self._measured.add(name)
                 self._stage[name] = event.stage
             case Moving():
                 self._stage.pop(name, None)  # the stage is as good as without it
