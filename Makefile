@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab lab-down test check format proto figures dashboards lock clean
+.PHONY: help setup demo lab lab-down test quick check format proto figures dashboards lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -33,6 +33,9 @@ test: setup  ## format, lint, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --durations=30 --durations-min=5
+
+quick: setup  ## the tests that take less than ten seconds each: about five minutes
+	$(BIN)/pytest -m "not slow"
 
 check: test  ## the same as make test
 

@@ -50,10 +50,6 @@ class Corpus:
     def num_train_tokens(self) -> int:
         return len(self.train)
 
-    @property
-    def num_validation_tokens(self) -> int:
-        return len(self.validation)
-
     def microbatch(self, name: MicrobatchId) -> NDArray[np.int32]:
         """Token ids [B, T+1] of the microbatch `name`. Those of a validation depend on the index alone."""
         stream = self.train if name.kind is MicrobatchKind.TRAIN else self.validation

@@ -69,7 +69,7 @@ class DemoOptions:
     threads: int = 0  # torch threads of each peer; 0: the cores shared out among them
     device: str = "auto"
     keep: bool = False  # keep the run's folder
-    fault: Fault | None = None
+    faults: tuple[Fault, ...] = ()
 
 
 class Place(Protocol):
@@ -129,7 +129,7 @@ class Demo:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ticket: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._complete = asyncio.Event()
-        self._fault = options.fault
+        self._faults = list(options.faults)
         self._stops = 0
         self._leaving = False
         self._stopping = asyncio.Event()
@@ -239,7 +239,7 @@ class Demo:
                 case Complete():
                     if all(other.complete for other in self.peers):
                         self._complete.set()
-            self._inject_fault(peer, event)
+            self._inject_faults(peer, event)
 
         return on_event
 
@@ -260,14 +260,12 @@ class Demo:
         if event.step == self.steps.num_steps:
             self.steps.cut(time.monotonic())
 
-    def _inject_fault(self, peer: PeerView, event: Event) -> None:
+    def _inject_faults(self, peer: PeerView, event: Event) -> None:
         """The step before has just ended on that stage: this one is under way."""
-        fault = self._fault
-        if fault is None or peer.stage != fault.stage or peer.worker_pid is None:
-            return
-        started = isinstance(event, StageStep) and event.step == fault.step - 1
-        if started or (fault.step == 1 and isinstance(event, Live)):
-            self._fault = None
+        step = event.step + 1 if isinstance(event, StageStep) else 1 if isinstance(event, Live) else None
+        fault = next((f for f in self._faults if (f.stage, f.step) == (peer.stage, step)), None)
+        if fault is not None and peer.worker_pid is not None:
+            self._faults.remove(fault)
             self.view.note(f"kill -9 {peer.worker_pid}: the worker of stage {fault.stage}, in step {fault.step}")
             os.kill(peer.worker_pid, signal.SIGKILL)
 

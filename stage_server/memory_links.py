@@ -83,10 +83,6 @@ class MemoryNetwork:
         """From now on, streams dialled to `endpoint` are given to `handler`."""
         self._handlers[endpoint] = handler
 
-    def forget(self, endpoint: str) -> None:
-        """Nobody answers at `endpoint` any more; open streams stay open."""
-        self._handlers.pop(endpoint, None)
-
     async def dial(self, endpoint: str) -> FrameStream:
         handler = self._handlers.get(endpoint)
         if handler is None:

@@ -24,7 +24,6 @@ class CommitReport:
 
     gradient_norm: float  # of this stage, before clipping
     clipped: bool
-    learning_rate_scale: float  # share of the peak learning rate
 
 
 def schedule(step: int, steps: int, warmup_fraction: float, final_fraction: float) -> float:
@@ -83,7 +82,7 @@ class StageOptimizer:
                 group["lr"] = peak * scale
             optimizer.step()
         self.zero_gradients()
-        return CommitReport(norm, clipped, scale)
+        return CommitReport(norm, clipped)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:

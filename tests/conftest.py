@@ -24,6 +24,12 @@ FORBIDDEN_SKIPS = frozenset(filter(None, os.environ.get("RESBM_FORBID_SKIP", "")
 """Markers whose tests must run: CI installs what they need, so a skip there means that nobody looked."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Encoded text is kept from one session to the next, apart from what this machine's user has."""
+    if config.cache is not None:
+        os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("text"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """hivemind forks: as in a worker, it goes first, before other tests have started gRPC and its threads."""
     items.sort(key=lambda item: item.path.name != FORKING)

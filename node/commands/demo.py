@@ -29,8 +29,7 @@ def demo(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the peers compute.")] = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the peers' folders with logs and checkpoints.")] = False,
     json_lines: options.JsonLines = False,
-    kill_stage: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
-    kill_at_step: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
+    kill: Annotated[list[str] | None, typer.Option(metavar="STAGE@STEP", hidden=True)] = None,
 ) -> None:
     """Train a small model with a swarm of your own: a coordinator and one peer per stage, all on this machine.
 
@@ -41,10 +40,10 @@ def demo(
     config = options.chosen_run(
         run, preset, stages=stages, steps=steps, microbatches=microbatches, codec=codec, seed=seed
     )
-    fault = _fault(config, kill_stage, kill_at_step)
+    faults = tuple(_fault(config, text) for text in kill or ())
     view = _view(config, json_lines=json_lines)
     try:
-        run_demo(config, DemoOptions(threads, device, keep, fault), view)
+        run_demo(config, DemoOptions(threads, device, keep, faults), view)
     except Interrupted:
         raise typer.Exit(130) from None
     finally:
@@ -53,14 +52,15 @@ def demo(
         _tell_what_next()
 
 
-def _fault(config: RunConfig, stage: int | None, step: int | None) -> Fault | None:
+def _fault(config: RunConfig, text: str) -> Fault:
     from node.demo import Fault
 
-    if stage is None or step is None:
-        return None
-    if stage >= config.stages or step > config.plan.steps:
+    stage, at, step = text.partition("@")
+    if not (at and stage.isdecimal() and step.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not STAGE@STEP")
+    if int(stage) >= config.stages or not 1 <= int(step) <= config.plan.steps:
         raise typer.BadParameter(f"the run has {config.stages} stages and {config.plan.steps} steps")
-    return Fault(stage, step)
+    return Fault(int(stage), int(step))
 
 
 def _view(config: RunConfig, *, json_lines: bool) -> DemoView:

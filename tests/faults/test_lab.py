@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.lab import needs_lab
+from support.lab import left_by, needs_lab
 
 from node.errors import ConfigInvalid, KernelLacks, LabFailed, NodeError
 from node.lab.namespaces import NamespaceLab, remove_stale
@@ -86,13 +86,6 @@ def own_system() -> list[str]:
     """Devices and queues of the machine's own namespace."""
     shown = json.loads(subprocess.check_output(["ip", "-json", "link"]))
     return [link["ifname"] for link in shown] + subprocess.check_output(["tc", "qdisc"], text=True).splitlines()
-
-
-def left_by(pid: int) -> list[str]:
-    """What there still is of the lab of a process."""
-    names = [line.split()[0] for line in subprocess.check_output(["ip", "netns"], text=True).splitlines()]
-    mine = [name for name in names if name.startswith(f"resbm-{pid}-")]
-    return mine + [str(path) for path in [Path("/run/resbm-lab") / str(pid)] if path.exists()]
 
 
 def delayers_of(pid: int) -> list[psutil.Process]:
@@ -310,15 +303,16 @@ def test_a_command_runs_as_a_user_on_a_link_that_follows_its_file(tmp_path: Path
             assert program.stdout.readline() == "nobody\n"
             assert "rate 20Mbit" in queues(lab)
             links.write_text("[default]\nrate_mbit = -1\n")
-            time.sleep(2)  # it looks once a second: a mistake in the file must change nothing
+            assert program.stderr is not None
+            while "error E102" not in (line := program.stderr.readline()):
+                assert line
+            assert "rate 20Mbit" in queues(lab)  # a mistake in the file changes nothing
             links.write_text("[default]\nrate_mbit = 20\n[peers.a]\nrate_mbit = 2\n")
             wait_until(lambda: "rate 2Mbit" in queues(lab))
             wait_until(lambda: json.loads(status.read_text())["rate_mbit"] == 2)
             assert json.loads(status.read_text())["mechanism"] == "htb"
             program.stdin.close()
             assert program.wait(30) == 3
-            assert program.stderr is not None
-            assert "error E102" in program.stderr.read()
         assert not queues(lab)
 
 

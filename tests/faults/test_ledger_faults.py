@@ -1,4 +1,4 @@
-"""Exactly once, whatever happens: ledgers joined by a hostile network, thousands of fault plans.
+"""Exactly once, whatever happens: ledgers joined by a hostile network, hundreds of fault plans.
 
 The stages' arithmetic is a toy whose result depends on the value, the number and the order of everything that enters
 it, so any microbatch lost, doubled or swapped changes the digest. The real arithmetic stands in test_peer_faults.py.
@@ -267,7 +267,8 @@ def undisturbed(num_stages: int) -> ToySwarm:
 REFERENCE = {num_stages: undisturbed(num_stages) for num_stages in (1, 2, 3, 4)}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     num_stages=st.sampled_from([2, 3, 4]),
     seed=st.integers(0, 2**32),

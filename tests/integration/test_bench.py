@@ -18,7 +18,7 @@ from node.bench import codec, codec_timing
 from node.bench.codec import OPERATIONS, Plan, measure, summary_of, tables_of
 from node.bench.common import JsonWatcher
 
-GROWTH_CALLS = 100  # enough to see 10 KB a call stay
+GROWTH_CALLS = 40  # enough to see 30 KB a call stay
 
 
 def bench(*arguments: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,6 +33,7 @@ def bench(*arguments: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
     return events[-1], json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_codec_keeps_its_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every encoding, a small and a large shape: a call holds a few times its input, and nothing stays."""
     monkeypatch.setattr(codec, "SHAPES", (codec.SHAPES[0], codec.SHAPES[2]))
@@ -52,6 +53,7 @@ def test_the_codec_keeps_its_memory(capsys: pytest.CaptureFixture[str], monkeypa
     assert [len(table.rows) for table in tables_of(results)] == [len(results), len(results)]
 
 
+@pytest.mark.slow
 def test_wire_counts_real_frames(tmp_path: Path) -> None:
     arguments = ["wire", "--preset", "tiny", "--preset", "h4096-narrow", "--train-steps", "2"]
     summary, result = bench(*arguments, folder=tmp_path)

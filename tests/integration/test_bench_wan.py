@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.lab import needs_lab
+from support.lab import left_by, needs_lab
 
 COMMAND = (sys.executable, "-m", "node.cli", "bench", "wan", "--json")
 NOBODY = 65534
@@ -59,9 +59,10 @@ def test_two_dense_pipelines_on_shaped_links(tmp_path: Path) -> None:
     link = ("--bandwidth", "unshaped", "--bandwidth", "5", "--round-trip", "0")
     who = ("--system", "dense", "--system", "torch", "--preset", "tiny", "--stages", "2", "--microbatches", "4")
     command = [*COMMAND, *link, *who, "--quick", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=220, check=False)
-    assert done.returncode == 0, done.stderr
-    summary, result = json.loads(done.stdout.splitlines()[-1]), json.loads(out.read_text())
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        stdout, stderr = process.communicate(timeout=220)
+    assert process.returncode == 0, stderr
+    summary, result = json.loads(stdout.splitlines()[-1]), json.loads(out.read_text())
     assert summary["equivalent_mbit"] > 0 and summary["dense_over_unshaped"] > 0
     measured = result["measurements"]["measurements"]
     assert {m["system"] for m in measured} == {"dense", "torch"}
@@ -73,5 +74,4 @@ def test_two_dense_pipelines_on_shaped_links(tmp_path: Path) -> None:
         assert 0.8 * bf16 < payload / m["tokens"] < 1.2 * bf16, "zstandard saves a tenth, token ids cost a little"
     shaped = [m for m in measured if m["point"]["rate_mbit"] == 5.0]
     assert len(shaped) == 2 and all("htb" in m["shaping"] for m in shaped)
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert f"resbm-{os.getpid()}-" not in listed
+    assert not left_by(process.pid)

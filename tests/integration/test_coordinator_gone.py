@@ -6,19 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.nodes import NodeProcess, leave_all
 
 from coordinator.ticket import decode_ticket
 from node.config import RunConfig, dump_toml, preset, validated
 from node.data import load_corpus
-from node.events import Complete, Event, Live, StageStep, TicketPrinted, Worker, parse_event
+from node.events import Complete, Live, StageStep, TicketPrinted, Worker
 from node.unsplit import UnsplitModel
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
+WITHIN = 120.0  # seconds
 PLACE = ("--host", "127.0.0.1", "--threads", "1")
 
 
@@ -28,71 +31,39 @@ def shared_run(steps: int) -> RunConfig:
     return validated(values, "test")
 
 
-class Node:
-    """One `resbm-node` process and what it has said."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        folder.mkdir(exist_ok=True)
-        self.out = folder / "events.jsonl"
-        with self.out.open("wb") as out, (folder / "errors.log").open("wb") as err:
-            command = [sys.executable, "-m", "node.cli", *arguments, "--state-dir", str(folder), "--json"]
-            self.process = subprocess.Popen(command, stdout=out, stderr=err)
-
-    def events(self) -> list[Event]:
-        lines = self.out.read_bytes().splitlines(keepends=True)
-        return [parse_event(line) for line in lines if line.endswith(b"\n")]
-
-    def wait_for(self, kind: type, seconds: float = 60) -> Event:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for event in self.events():
-                if isinstance(event, kind):
-                    return event
-            assert self.process.poll() is None, f"left early: {self.events()[-3:]}"
-            time.sleep(0.1)
-        pytest.fail(f"no {kind.__name__} within {seconds} s: {self.events()[-3:]}")
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-
-    def leave(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(30)
-
-
 class Nodes:
     """Those of one test: all are gone at its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.running: list[Node] = []
+        self.running: list[NodeProcess] = []
 
-    def start(self, name: str, *arguments: str) -> Node:
-        self.running.append(Node(self.folder / name, *arguments))
+    def start(self, name: str, *arguments: str) -> NodeProcess:
+        self.running.append(NodeProcess(self.folder / name, *arguments))
         return self.running[-1]
 
-    def publish(self, config: RunConfig) -> tuple[Node, str]:
+    def publish(self, config: RunConfig) -> tuple[NodeProcess, str]:
         """A coordinator of the run, and its ticket."""
         run_file = self.folder / "run.toml"
         run_file.write_text(dump_toml(config))
         coordinator = self.start("coordinator", "coordinator", "--run", str(run_file), "--host", "127.0.0.1")
         return coordinator, ticket_of(coordinator)
 
-    def leave(self) -> list[Node]:
-        """The last one first; those that have left."""
+    def leave(self) -> list[NodeProcess]:
+        """Those that have left."""
         left = self.running[::-1]
-        for node in left:
-            node.leave()
+        leave_all(left)
         self.running.clear()
         return left
 
 
-def ticket_of(coordinator: Node) -> str:
-    told = coordinator.wait_for(TicketPrinted)
-    assert isinstance(told, TicketPrinted)
-    return told.ticket
+def ticket_of(coordinator: NodeProcess) -> str:
+    return coordinator.wait_for(TicketPrinted, WITHIN).ticket
+
+
+def kill(node: NodeProcess) -> None:
+    node.process.kill()
+    node.process.wait(10)
 
 
 @pytest.fixture
@@ -109,27 +80,25 @@ def test_a_worker_killed_after_the_coordinator_comes_back_and_the_run_ends(nodes
     coordinator, ticket = nodes.publish(preset("tiny").with_overrides(stages=2, steps=STEPS))
     peers = [nodes.start(name, "join", ticket, *PLACE) for name in ("a", "b")]
     for peer in peers:
-        peer.wait_for(StageStep)
-    coordinator.kill()
-    worker = [event for event in peers[0].events() if isinstance(event, Worker) and event.state == "started"][-1]
+        peer.wait_for(StageStep, WITHIN)
+    kill(coordinator)
+    worker = [event for event in peers[0].events(Worker) if event.state == "started"][-1]
     os.kill(worker.pid, signal.SIGKILL)
     for peer in peers:
-        complete = peer.wait_for(Complete, 120)
-        assert isinstance(complete, Complete)
-        assert complete.step == STEPS
-    assert len([event for event in peers[0].events() if isinstance(event, Live)]) >= 2
+        assert peer.wait_for(Complete, WITHIN).step == STEPS
+    assert len(peers[0].events(Live)) >= 2
 
 
 @pytest.mark.timeout(180)
 def test_a_newcomer_joins_with_a_peers_ticket_when_the_coordinator_is_gone(nodes: Nodes) -> None:
     coordinator, ticket = nodes.publish(shared_run(100_000))
-    nodes.start("a", "join", ticket, "--stage", "0,1", *PLACE).wait_for(StageStep)
-    coordinator.kill()
+    nodes.start("a", "join", ticket, "--stage", "0,1", *PLACE).wait_for(StageStep, WITHIN)
+    kill(coordinator)
     command = [sys.executable, "-m", "node.cli", "ticket", "--state-dir", str(nodes.folder / "a")]
     fresh = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
     assert decode_ticket(fresh).bootstrap[:-1]  # a's own address, and the coordinator's after it
     assert decode_ticket(fresh).bootstrap[-1:] == decode_ticket(ticket).bootstrap
-    nodes.start("b", "join", fresh, *PLACE).wait_for(StageStep)
+    nodes.start("b", "join", fresh, *PLACE).wait_for(StageStep, WITHIN)
 
 
 @pytest.mark.timeout(240)
@@ -137,23 +106,23 @@ def test_after_everyone_has_left_the_run_is_resumed_and_ends_as_if_nobody_had(no
     config = shared_run(STEPS)
     losses: dict[int, set[float]] = {}
 
-    def join() -> list[Node]:
+    def join() -> list[NodeProcess]:
         return [nodes.start(name, "join", ticket, *PLACE, "--max-stages", "1") for name in ("a", "b")]
 
     def leave_all() -> None:
         for node in nodes.leave():
-            for event in node.events():
-                if isinstance(event, StageStep) and event.loss is not None:
+            for event in node.events(StageStep):
+                if event.loss is not None:
                     losses.setdefault(event.step, set()).add(event.loss)
 
     _, ticket = nodes.publish(config)
     for peer in join():
-        peer.wait_for(StageStep)
+        peer.wait_for(StageStep, WITHIN)
     leave_all()
     assert max(losses) < STEPS
     assert ticket_of(nodes.start("coordinator", "coordinator", "--resume")) == ticket
     for peer in join():
-        peer.wait_for(Complete, 120)
+        peer.wait_for(Complete, WITHIN)
     leave_all()
     model, corpus = UnsplitModel(config, config.run_id), load_corpus(config)
     undisturbed = {step: {model.train_step(step, corpus.microbatch)} for step in range(1, STEPS + 1)}

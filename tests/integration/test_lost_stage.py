@@ -38,8 +38,8 @@ async def run(folder: Path) -> None:
     journal = swarm.journal
     try:
         await swarm.start()
-        for _ in range(2):
-            await swarm.until_settled(await swarm.join(late=False))
+        for stage in ("0", "1"):
+            await swarm.join(late=False, stage=stage)
         await until(lambda: len(swarm.serving) == 2, 60, "both serve")
         last = next(name for name, stage in swarm.serving.items() if stage == 1)
         first = next(name for name, stage in swarm.serving.items() if stage == 0)
@@ -55,6 +55,7 @@ async def run(folder: Path) -> None:
         await swarm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_stage_is_restored_from_a_copy_and_the_run_goes_back_to_it(tmp_path: Path) -> None:
     asyncio.run(run(tmp_path))

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from support.nodes import NodeProcess, leave_all
 
 from node.config import RunConfig, dump_toml, preset
 from node.events import Coverage, Live, Relieved, StageStep, TicketPrinted, Worker
-from tests.support.nodes import NodeProcess, leave_all
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_one_machine_trains_alone_and_gives_a_stage_to_the_next_one(tmp_path: Path) -> None:
     values = preset("tiny").with_overrides(stages=2, steps=1_000_000).model_dump()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 PUBLISHER = Path(__file__).with_name("swarm_process.py")
 FORKER = Path(__file__).with_name("worker_process.py")
 MARK = "RESBM_TEST_MARK"
+AT_ONCE = 3  # workers
 
 
 class Publisher:
@@ -146,7 +147,7 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def left_after(mark: str, seconds: float = 3.0, but: int | None = None) -> list[psutil.Process]:
+def left_after(mark: str, seconds: float = 6.0, but: int | None = None) -> list[psutil.Process]:
     """Who is still there, but for one process; those that are about to end get a moment."""
     deadline = time.monotonic() + seconds
     while (left := [p for p in marked(mark) if p.pid != but]) and time.monotonic() < deadline:
@@ -239,24 +240,33 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refusals(scene: Scene) -> dict[str, Ended]:
-    """All refused workers, one after another."""
+    """All refused workers, a few at a time: they wait more than they compute."""
     forker, mark = scene.start_forker()
 
-    def end(name: str) -> Ended:
-        spec = scene.spec(name.replace(" ", "-"), **REFUSALS[name].spec(scene, port))
-        log, out = spec.state_folder / "log", spec.state_folder / "stdout"
+    def end(names: Sequence[str]) -> dict[str, Ended]:
+        specs = [scene.spec(name.replace(" ", "-"), **REFUSALS[name].spec(scene, port)) for name in names]
+        files = [(spec.state_folder / "stdout", spec.state_folder / "log") for spec in specs]
+        requests = [
+            {"spec": spec.model_dump_json(), "stdout": str(out), "log": str(log)}
+            for spec, (out, log) in zip(specs, files, strict=True)
+        ]
         assert forker.stdin is not None
         assert forker.stdout is not None
-        print(json.dumps({"spec": spec.model_dump_json(), "stdout": str(out), "log": str(log)}), file=forker.stdin)
-        forker.stdin.flush()
-        status = int(forker.stdout.readline())
-        return Ended(status, out.read_bytes(), log.read_text(), left_after(mark, but=forker.pid))
+        print(json.dumps(requests), file=forker.stdin, flush=True)
+        statuses = json.loads(forker.stdout.readline())
+        left = left_after(mark, but=forker.pid)
+        return {
+            name: Ended(status, out.read_bytes(), log.read_text(), left)
+            for name, status, (out, log) in zip(names, statuses, files, strict=True)
+        }
 
     with socket.socket() as taken, forker:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = int(taken.getsockname()[1])
-        return {name: end(name) for name in REFUSALS}
+        names = list(REFUSALS)
+        batches = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
+        return {name: ended for batch in batches for name, ended in end(batch).items()}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -1,8 +1,8 @@
-"""Runs workers one after another, each forked from this process, which has loaded everything once.
+"""Runs workers, a few at a time, each forked from this process, which has loaded everything once.
 
-A fresh interpreter for each takes seconds of imports. Takes {"spec": ..., "stdout": path, "log": path} lines on stdin;
-answers each with the worker's exit status. It starts no thread and no gRPC of its own, so a forked worker is as a
-fresh one: `node.worker.main` does the rest.
+A fresh interpreter for each takes seconds of imports. Takes lines of [{"spec": ..., "stdout": path, "log": path}, ...]
+on stdin; answers each line with the workers' exit statuses once all of them have ended. It starts no thread and no gRPC
+of its own, so a forked worker is as a fresh one: `node.worker.main` does the rest.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import node.worker
 
 
-def status_of(request: dict[str, Any]) -> int:
+def start(request: dict[str, Any]) -> int:
+    """The worker's process id; in the worker this does not return."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     reader, writer = os.pipe()
     os.write(writer, request["spec"].encode() + b"\n")
     os.close(writer)
@@ -30,4 +31,5 @@ def status_of(request: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     while line := sys.stdin.readline():
-        print(status_of(json.loads(line)), flush=True)
+        children = [start(request) for request in json.loads(line)]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

@@ -14,7 +14,6 @@ BANDWIDTHS = (UNSHAPED, "1000", "100", "80", "40", "20", "10", "5", "2", "1")
 QUICK_BANDWIDTHS = (UNSHAPED, "100", "20", "5")
 ROUND_TRIPS_MS = (0.0, 50.0, 100.0, 200.0)
 QUICK_ROUND_TRIPS_MS = (0.0, 100.0)
-LOSSES = (0.0, 0.01)
 REFERENCE_MBIT = 80.0
 """Round trips and losses are varied at this bandwidth, the paper's."""
 LATENCY_MS = 100.0
@@ -85,7 +84,7 @@ QUICK = Effort(
     patience_seconds=6.0,
     crawl_seconds=4.0,
     pairs=1,
-    bisections=3,
+    bisections=1,
 )
 
 

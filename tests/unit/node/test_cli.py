@@ -21,7 +21,7 @@ from node.config import load, preset
 from node.errors import ConfigInvalid
 from stage_server.errors import StateLost
 
-COMMANDS = ("demo", "init", "coordinator", "join", "status", "reference", "doctor")
+COMMANDS = sorted(typer.main.get_command(cli.build_app()).commands)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

@@ -218,7 +218,7 @@ def test_the_planned_fault_kills_the_worker_in_its_step_and_only_once(
     """The stand-in is its own worker: killing it ends the demo, which shows who was killed and when."""
     trains = "step(1); time.sleep(0.5); step(2); time.sleep(20)"
     with pytest.raises(PeerFailed, match=r"peer-1 \(stage 0\) ended early \(killed by SIGKILL\)"):
-        play(monkeypatch, tmp_path, config, join=trains, options=DemoOptions(fault=Fault(stage=0, step=3)))
+        play(monkeypatch, tmp_path, config, join=trains, options=DemoOptions(faults=(Fault(stage=0, step=3),)))
 
 
 def test_the_folder_goes_but_after_a_failure_the_logs_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
