@@ -89,7 +89,14 @@ def own_system() -> list[str]:
 
 
 def delayers_of(pid: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(pid).children() if any("delayer.py" in part for part in child.cmdline())]
+    return [child for child in psutil.Process(pid).children() if any("delayer.py" in part for part in _command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def test_a_link_is_as_slow_as_asked_and_can_be_changed_under_a_connection() -> None:
