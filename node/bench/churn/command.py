@@ -93,9 +93,11 @@ def churn(
         "steps": 100_000,
         "microbatches_per_step": microbatches,
         "evaluate_every": 50,
-        "checkpoint_every": 1,
+        # Not at every step: between checkpoints frames are retained, and with them a replica that is steps behind
+        # catches up when those ahead of it have died.
+        "checkpoint_every": 10,
     }
-    values["replicas"]["averaging"] = "sync"
+    values["replicas"] |= {"averaging": "sync", "common_every": 1}
     config = validated(values, "command line")
     loopback = loopback or os.geteuid() != 0
     blows = tuple(blow for blow in Blow if blow is not Blow.CUT or not loopback)
