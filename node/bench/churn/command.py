@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from node.demo import Place
 
 FORMING_SECONDS = 180.0
+LEFT_ALONE_WITHIN = 8.0
+"""Seconds after the end of a peer in which nothing of it is left: `torch_shm_manager` takes four to notice."""
 MOST_RECORDS = 70
 """Recorded steps of a run that takes one a second: a sample that does not grow with a long run."""
 FEWEST_BETWEEN_RECORDS = 10  # steps
@@ -197,7 +199,12 @@ class _Findings:
             sampling.cancel()
             await asyncio.gather(sampling, return_exceptions=True)
             await swarm.close()
-        self.left_behind = len(_descendants() - not_ours)
+        left_behind = _descendants() - not_ours
+        end = time.monotonic() + LEFT_ALONE_WITHIN
+        while left_behind and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+            left_behind = _descendants() - not_ours
+        self.left_behind = len(left_behind)
         self._count(swarm.records)
 
     async def _until_formed(self, swarm: ChurnSwarm) -> None:
