@@ -54,7 +54,7 @@ if __name__ == "__main__":
             figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")
     if (churn := DOCS / "results" / "bench-churn.json").exists():
         figures_churn.churn(churn, DOCS / "images" / "churn.png")
-        by_rate = [churn, *sorted(churn.parent.glob("bench-churn-every-*.json"))]
+    if by_rate := sorted((DOCS / "results").glob("bench-churn-every-*.json")):
         figures_churn.rates(by_rate, DOCS / "images" / "churn-rates.png")
     if (soak := DOCS / "results" / "bench-churn-soak.json").exists():
         figures_churn.growth(soak, DOCS / "images" / "churn-soak.png")

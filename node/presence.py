@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -39,7 +38,8 @@ log = logging.getLogger(__name__)
 
 SEEKING = timedelta(milliseconds=400)  # between looks at the directory while the downstream link is missing
 WATCHING = timedelta(seconds=3)  # between looks while it is there
-CALLING = timedelta(seconds=5)  # between calls to peers met before, while nobody is to be seen
+CALLING_FIRST = timedelta(seconds=5)  # between calls to peers met before, while nobody is to be seen; longer each time
+CALLING_LAST = timedelta(minutes=1)
 TRYING = timedelta(seconds=30)  # for a peer of the next stage to be reached, before another may have its place
 _UNMEASURED: Mapping[str, float] = {}
 
@@ -101,7 +101,8 @@ class Presence:
         self._shared = shared
         self._current: str | None = None  # peer id of the next hop
         self._tried_since: dict[str, float] = {}  # monotonic seconds, by peer of the next stage that is to be dialled
-        self._called_at = -math.inf  # monotonic seconds
+        self._call_at = 0.0  # monotonic seconds
+        self._call_pause = CALLING_FIRST
         self._state_changed = asyncio.Event()  # since the directory was looked at
         self.beside: int | None = None
         """A stage that this peer has claimed too, because it is about to move there."""
@@ -207,7 +208,9 @@ class Presence:
         ledger, linked = self._peer.ledger, self._peer.neighbours.links_open[Side.DOWNSTREAM]
         snapshot = await self._swarm.snapshot(self._entry.run_id, ledger.num_stages)
         others = [entry for entry in snapshot.all_peers() if entry.peer_id != self._entry.peer_id]
-        if not others:
+        if others:
+            self._call_pause = CALLING_FIRST
+        elif time.monotonic() >= self._call_at:
             await self._call_others()
         remember(self._state_folder, (address for entry in others for address in entry.bootstrap))
         invitation.keep_fresh(self._state_folder, invitation.of_swarm(self._ticket, snapshot, self._entry.peer_id))
@@ -222,12 +225,11 @@ class Presence:
 
     async def _call_others(self) -> None:
         """Nobody is to be seen: either this peer is alone, or its directory has lost all others."""
-        if time.monotonic() - self._called_at < CALLING.total_seconds():
-            return
+        self._call_at = time.monotonic() + self._call_pause.total_seconds()
+        self._call_pause = min(2 * self._call_pause, CALLING_LAST)
         addresses = ways_in(self._ticket.bootstrap, self._state_folder)
         answered = await self._swarm.call(addresses)
-        self._called_at = time.monotonic()
-        log.info("nobody else is to be seen: called %d addresses, %d answered", len(addresses), answered)
+        log.debug("nobody else is to be seen: called %d addresses, %d answered", len(addresses), answered)
 
     def _follow_one(self, snapshot: DirectorySnapshot, current: str | None) -> None:
         hop = choose_next_hop(snapshot, self._entry.stage + 1, current, _UNMEASURED, random.Random(), now=time.time())

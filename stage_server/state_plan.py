@@ -15,6 +15,7 @@ from typing import Final
 from stage_server.state_listing import CHUNK_BYTES, StateFile, StateListing
 
 SPEED_WINDOW_SECONDS: Final = 10.0
+SHORTEST_SECONDS: Final = 1e-3  # in less than this no rate is measured
 PATIENCE: Final = 3.0  # times the mean time of a chunk
 MIN_PATIENCE_SECONDS: Final = 1.0
 
@@ -113,7 +114,7 @@ class FetchPlan:
             self._arrivals.popleft()
         seconds = now - self._arrivals[0][0]
         recent_bytes = sum(size for _, size in list(self._arrivals)[1:])
-        rate = recent_bytes / seconds if seconds > 0 else 0.0
+        rate = recent_bytes / seconds if seconds >= SHORTEST_SECONDS else 0.0
         left = self._total_bytes - self._done_bytes
         seconds_left = 0.0 if not left else left / rate if rate else None
         return StateProgress(self._done_bytes, self._total_bytes, rate, seconds_left)

@@ -342,6 +342,8 @@ class ReplicaGroup:
         One that takes over a state has nothing to add, so once is enough; it will have to take over a newer state. What
         one that serves had to add is computed again by others, so it is given some rounds.
         """
+        for gone in self._failures.keys() - self._contacts.known.keys():
+            del self._failures[gone]
         for peer in failed.shares:
             contact = self._contacts.known.get(peer)
             word = contact.word if contact is not None else None

@@ -174,3 +174,11 @@ def test_what_was_here_before_is_no_speed() -> None:
     plan = FetchPlan(listing, chunks(listing)[:3], 0.0)
     assert plan.progress(1.0).done_bytes == 3 * CHUNK_BYTES
     assert plan.progress(1.0).bytes_per_second == 0
+
+
+def test_no_rate_is_measured_in_no_time() -> None:
+    plan, (first, _) = plan_of(2)
+    assert plan.claim("a", 0.0) == first
+    assert plan.arrived("a", first, 0.0)
+    assert plan.progress(5e-324).seconds_left is None
+    assert plan.progress(1.0).seconds_left == pytest.approx(1.0)
