@@ -115,7 +115,8 @@ def _settled(samples: Sequence[Sample]) -> list[Sample]:
 def _alike(samples: Sequence[Sample]) -> list[Sample]:
     """Those with the number of processes that is most frequent."""
     counts = Counter(sample.processes for sample in samples)
-    return [sample for sample in samples if sample.processes == max(counts, key=counts.__getitem__)]
+    usual = max(counts, key=counts.__getitem__, default=0)
+    return [sample for sample in samples if sample.processes == usual]
 
 
 def _median(values: Iterable[float]) -> float | None:
