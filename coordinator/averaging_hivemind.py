@@ -34,16 +34,18 @@ from hivemind.compression import (
     ScaledFloat16Compression,
     deserialize_torch_tensor,
 )
-from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError
+from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, p2p_daemon
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import averaging_pb2
-from hivemind.utils.asyncio import aiter_with_timeout, amap_in_executor
+from hivemind.utils.asyncio import amap_in_executor
 from hivemind.utils.multiaddr import Multiaddr
 
 __all__ = [
     "P2P",
+    "AllreduceException",
     "CallFailed",
     "CompressionBase",
+    "CompressionInfo",
     "DecentralizedAverager",
     "GroupInfo",
     "HivemindChanged",
@@ -67,6 +69,7 @@ KNOWN_SOURCES = {
     "allreduce": "2a67006fc98b9683e357e4b8a805832c9bec1e81afbf1ffcc41862bb56caab05",
     "averager": "932a59ddb7e0933de2dc674be8480ebcdc9eb9fd713f5040a33dd0e4cca59929",
     "partition": "8905c51826c26d18281121e760758f3a3bfc77feca351886eade13cfbe571e23",
+    "p2p_daemon": "1eda97687e0a6c5a624c4bd53d7e1433b2a687382d58256dcaf0d668fab6fb98",
 }
 """SHA-256 of the source files whose internals are overridden or relied on, in hivemind 1.1.12."""
 
@@ -83,7 +86,7 @@ class RoundFailed(Exception):
         self.peer = peer
 
 
-def require_known_hivemind(modules: Sequence[ModuleType] = (allreduce, averager, partition)) -> None:
+def require_known_hivemind(modules: Sequence[ModuleType] = (allreduce, averager, partition, p2p_daemon)) -> None:
     """Raises HivemindChanged unless the source of these modules is known, byte for byte."""
     for module in modules:
         name = module.__name__.rpartition(".")[2]
@@ -172,27 +175,39 @@ class SumRunner(AllReduceRunner):  # type: ignore[misc]
         Once the answering end has sent its last message it closes, and hivemind's daemon then resets the stream: what
         has not been read at this end may be lost, over links of 80 ms now and then even in a quiet swarm. The answering
         end ends when its input does; so here the input does not end before all sums are there.
+
+        Therefore the stream is read and written here and not by hivemind's generator over it, which waits for its input
+        to end even when the stream is over: it would never tell that a member has died.
         """
-        container, index = self.tensor_part_container, self.ordered_peer_ids.index(peer_id)
-        num_parts, received = container.num_parts_by_peer[index], asyncio.Event()
-        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(self._parts_for(index, received))
-        decoded = amap_in_executor(
-            _decode_sum, aiter_with_timeout(stream, self.reducer_timeout), max_prefetch=container.prefetch
-        )
-        for part_index in range(num_parts):
-            part = await anext(decoded, None)
-            if part is None:
-                raise AllreduceException(f"{part_index} of {num_parts} sums came")
-            container.register_processed_part(index, part_index, part)
-        received.set()
-        closing = asyncio.create_task(_exhaust(decoded))  # the sum is there: nobody waits for the stream's end
+        index = self.ordered_peer_ids.index(peer_id)
+        handler = self._servicer_type._get_handle_name(self._prefix, "rpc_aggregate_part")
+        _, reader, writer = await self._p2p.call_binary_stream_handler(peer_id, handler)
+        both = [
+            asyncio.create_task(self._send_parts(index, writer)),
+            asyncio.create_task(self._take_sums(index, reader)),
+        ]
+        try:
+            await asyncio.gather(*both)
+            await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
+        except BaseException:
+            for task in both:
+                task.cancel()
+            writer.close()
+            raise
+        closing = asyncio.create_task(_close(reader, writer))  # the sum is there: nobody waits for the stream's end
         _closing.add(closing)
         closing.add_done_callback(_closing.discard)
 
-    async def _parts_for(self, peer_index: int, until: asyncio.Event) -> AsyncIterator[Any]:
+    async def _send_parts(self, peer_index: int, writer: asyncio.StreamWriter) -> None:
         async for message in self._generate_input_for_peer(peer_index):
-            yield message
-        await until.wait()
+            await P2P.send_protobuf(message, writer)
+
+    async def _take_sums(self, peer_index: int, reader: asyncio.StreamReader) -> None:
+        container = self.tensor_part_container
+        sums = amap_in_executor(_decode_sum, _messages(reader), max_prefetch=container.prefetch)
+        async with contextlib.aclosing(sums):
+            for part_index in range(container.num_parts_by_peer[peer_index]):
+                container.register_processed_part(peer_index, part_index, await anext(sums))
 
     async def _reduce_own_part(self) -> None:
         index, sender = self.ordered_peer_ids.index(self.peer_id), self.sender_peer_ids.index(self.peer_id)
@@ -245,10 +260,23 @@ _closing: set[asyncio.Task[None]] = set()
 """Streams whose last word is under way."""
 
 
-async def _exhaust(stream: AsyncIterator[Any]) -> None:
-    with contextlib.suppress(Exception):  # whatever it is, it comes too late to matter
-        async for _ in stream:
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
+    """What the answering end sends, without an end of its own: that of the stream is an error."""
+    while True:
+        try:
+            message, error = await P2P.receive_protobuf(averaging_pb2.AveragingData, reader)
+        except asyncio.IncompleteReadError:
+            raise AllreduceException("it closed the stream") from None
+        if error is not None:
+            raise AllreduceException(f"it refused: {error.message}")
+        yield message
+
+
+async def _close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):  # whatever it is, it comes too late to matter
+        while await reader.read(65_536):
             pass
+    writer.close()
 
 
 async def _following(parts: AsyncIterator[torch.Tensor]) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from coordinator.averaging_group import SumAverager
 from coordinator.averaging_hivemind import NoCompression, SumRunner
 
 NUM_PARTS_BEFORE = 2
+SECONDS_TO_SEND_ALL = 0.5
 fault = ""
 
 
@@ -32,6 +33,9 @@ class Faulty(SumRunner):  # type: ignore[misc]
             os.kill(os.getpid(), signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
         elif fault == "never answers" and part_index == NUM_PARTS_BEFORE:
             await asyncio.Event().wait()
+        elif fault == "dies late" and part_index == len(self.parts_for_local_averaging) - 1:
+            await asyncio.sleep(SECONDS_TO_SEND_ALL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return await super()._sum_message(part_index, mean)
 
 

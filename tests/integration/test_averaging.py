@@ -160,6 +160,7 @@ def test_a_faulty_member_voids_the_round(run: Run[Any], four: list[ReplicaAverag
         "breaks its codec": {Reason.MEMBER_LOST},
         "never answers": {Reason.MEMBER_LOST, Reason.TIMED_OUT},
         "dies": {Reason.MEMBER_LOST, Reason.PROCESS_LOST},
+        "dies late": {Reason.MEMBER_LOST, Reason.PROCESS_LOST},  # nobody waits for values of it any more
         "stops": {Reason.MEMBER_LOST, Reason.TIMED_OUT, Reason.PROCESS_LOST},
     }
 

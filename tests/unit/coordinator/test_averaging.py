@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +36,17 @@ from coordinator.averaging_contribution import (
     verify_agreement,
     verify_sum,
 )
-from coordinator.averaging_hivemind import HivemindChanged, SumRunner, require_known_hivemind
+from coordinator.averaging_hivemind import (
+    P2P,
+    AllreduceException,
+    CompressionInfo,
+    DecentralizedAverager,
+    HivemindChanged,
+    NoCompression,
+    SumRunner,
+    averaging_pb2,
+    require_known_hivemind,
+)
 
 KEY = "run/stage/step"
 PEERS = ("12Da", "12Db", "12Dc")
@@ -207,27 +220,83 @@ def test_checksums_differ_by_round() -> None:
     assert checksums_of("one", values, 2)[0].shape[1] == NUM_CHECKSUMS
 
 
-class _Parts(SumRunner):  # type: ignore[misc]
-    """Only what is sent to one member."""
+class _Exchange(SumRunner):  # type: ignore[misc]
+    """Only what goes on with one member, at the other end of a socket."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, streams: Streams, *, num_sums: int) -> None:
+        self._p2p, self._prefix = self, None
+        self._servicer_type = DecentralizedAverager
+        self.ordered_peer_ids = ["here", "there"]
+        self.tensor_part_container = self
+        self.num_parts_by_peer, self.prefetch = (0, num_sums), 5
+        self._streams, self.sums = streams, dict[int, Any]()
+
+    async def call_binary_stream_handler(self, *_: Any) -> tuple[None, asyncio.StreamReader, asyncio.StreamWriter]:
+        return None, *self._streams
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[Any]:
-        yield f"part for {peer_index}"
+        yield averaging_pb2.AveragingData(group_id=b"a part")
+
+    def register_processed_part(self, _: int, part_index: int, part: Any) -> None:
+        self.sums[part_index] = part
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@contextlib.asynccontextmanager
+async def _both_ends() -> AsyncIterator[tuple[Streams, Streams]]:
+    here, there = socket.socketpair()
+    both = await asyncio.open_connection(sock=here), await asyncio.open_connection(sock=there)
+    try:
+        yield both
+    finally:
+        for _, writer in both:
+            writer.close()
+            await writer.wait_closed()
+
+
+def _sum_message(value: float) -> Any:
+    tensor = torch.tensor([value])
+    part = NoCompression().compress(tensor, CompressionInfo.from_tensor(tensor))
+    return averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=part)
 
 
 def test_the_input_of_an_exchange_does_not_end_before_all_sums_are_there() -> None:
     """Its end makes the other side close the stream, and a closed stream may lose what is on its way."""
 
     async def run() -> None:
-        received = asyncio.Event()
-        parts = _Parts()._parts_for(1, received)
-        assert await anext(parts) == "part for 1"
-        following = asyncio.ensure_future(anext(parts, "the end"))
-        await asyncio.sleep(0)
-        assert not following.done()
-        received.set()
-        assert await following == "the end"
+        async with _both_ends() as (ours, (reader, writer)):
+            runner = _Exchange(ours, num_sums=2)
+            exchange = asyncio.create_task(runner._exchange_with("there"))
+            assert (await P2P.receive_protobuf(averaging_pb2.AveragingData, reader))[0].group_id == b"a part"
+            following = asyncio.create_task(P2P.receive_protobuf(averaging_pb2.AveragingData, reader))
+            await P2P.send_protobuf(_sum_message(1.0), writer)
+            while 0 not in runner.sums:  # noqa: ASYNC110 - a plain dict
+                await asyncio.sleep(0.001)
+            assert not following.done()
+            await P2P.send_protobuf(_sum_message(2.0), writer)
+            assert (await following)[0] is None  # the end
+            await exchange
+            assert [float(value) for value in runner.sums.values()] == [1.0, 2.0]
+            writer.write_eof()
+            assert await reader.read() == b""  # closed by that side too once it is by this one
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("last_word", [None, "no such round"])
+def test_an_exchange_whose_stream_ends_early_fails_although_all_has_been_sent(last_word: str | None) -> None:
+    async def run() -> None:
+        async with _both_ends() as (ours, (reader, writer)):
+            exchange = asyncio.create_task(_Exchange(ours, num_sums=2)._exchange_with("there"))
+            await P2P.receive_protobuf(averaging_pb2.AveragingData, reader)
+            await P2P.send_protobuf(_sum_message(1.0), writer)
+            if last_word is not None:
+                await P2P.send_protobuf(type(P2P.END_OF_STREAM)(message=last_word), writer)
+            writer.close()
+            with pytest.raises(AllreduceException, match=last_word or "it closed the stream"):
+                await exchange
+            assert ours[1].is_closing()
 
     asyncio.run(run())
