@@ -30,7 +30,6 @@ from coordinator.averaging_hivemind import (
     CompressionBase,
     DecentralizedAverager,
     GroupInfo,
-    Multiaddr,
     NoCompression,
     P2PContext,
     PeerID,
@@ -39,6 +38,7 @@ from coordinator.averaging_hivemind import (
     SumRunner,
     averaging_pb2,
 )
+from coordinator.hivemind_parts import split_address
 
 NAMESPACE = f"resbm-averaging-{contributions.PROTOCOL_VERSION}"
 PATIENCE = timedelta(seconds=10)
@@ -69,11 +69,9 @@ class Member:
             AveragingFailed: it is no such text, or names several peers.
         """
         try:
-            full = [Multiaddr(address) for address in text.split()[:MAX_ADDRESSES]]
-            peers = {address["p2p"] for address in full}
-            own_part = [address.decapsulate(Multiaddr(f"/p2p/{address['p2p']}")) for address in full]
-            (peer,) = peers
-            return cls(PeerID.from_base58(peer), tuple(own_part))
+            peers, addresses = zip(*map(split_address, text.split()[:MAX_ADDRESSES]), strict=True)
+            (peer,) = set(peers)
+            return cls(peer, addresses)
         except Exception as error:  # multiaddr and base58 raise what they like
             raise AveragingFailed(Reason.MEMBER_STRANGE, f"{text[:80]!r} is no averager's address: {error}") from error
 

@@ -38,7 +38,6 @@ from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, p2p_daemon
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import amap_in_executor
-from hivemind.utils.multiaddr import Multiaddr
 
 __all__ = [
     "P2P",
@@ -49,7 +48,6 @@ __all__ = [
     "DecentralizedAverager",
     "GroupInfo",
     "HivemindChanged",
-    "Multiaddr",
     "NoCompression",
     "P2PContext",
     "PeerID",

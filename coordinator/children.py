@@ -1,4 +1,4 @@
-"""No orphans: the directory's child processes die with their parent, however it dies, and leave no files."""
+"""No orphans: processes that die with their parent, however it dies, and leave no files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -22,13 +23,16 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-def be_killed_with_parent(parent_pid: int) -> None:
-    """Has the kernel kill this process when the thread that forked it ends. Does nothing elsewhere than on Linux."""
+def be_killed_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Has the kernel signal this process when the thread that forked it ends. Does nothing elsewhere than on Linux.
+
+    Fork from the parent's main thread: the end of the forking thread counts as the parent's end.
+    """
     if _prctl is None:
         return
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal_number)
 
 
 def die_with_parent(parent_pid: int, scratch: Path) -> None:
@@ -59,17 +63,17 @@ def _exit_clean(scratch: Path) -> None:
 
 
 def descendants_of(pid: int) -> list[psutil.Process]:
-    """All processes below `pid` that live now. They stay known by these even after their own parent has died."""
+    """All processes below `pid` that live now, zombies too. They stay known by these after their parent has died."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
 
-def kill_all(processes: list[psutil.Process]) -> None:
+def kill_all(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL to each that still runs; a number given to another process since is left alone (psutil compares)."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process.kill()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from coordinator import children
 from coordinator.dht_process import DhtProcess, addresses_of, start_process
 from coordinator.errors import DirectoryLost, SwarmError
-from coordinator.hivemind_parts import DHT, DHTNode, Multiaddr, PeerID
+from coordinator.hivemind_parts import DHT, DHTNode, split_address
 from coordinator.identity import write_key_file
 from coordinator.listening import Listen, with_checked_port
 
@@ -72,10 +72,9 @@ async def _call(_dht: DHT, node: DHTNode, *, addresses: Collection[str]) -> int:
 
 async def _answers(node: DHTNode, address: str) -> bool:
     try:
-        full = Multiaddr(address)
-        peer = PeerID.from_base58(full["p2p"])
+        peer, where = split_address(address)
         async with asyncio.timeout(CALL_TIMEOUT.total_seconds()):
-            await node.p2p._client.connect(peer, [full.decapsulate(Multiaddr(f"/p2p/{full['p2p']}"))])
+            await node.p2p._client.connect(peer, [where])
             return await node.protocol.call_ping(peer) is not None
     except Exception:  # noqa: BLE001 - an address that is none, nobody there, somebody else there: all the same here
         return False

@@ -27,4 +27,12 @@ __all__ = [
     "Multiaddr",
     "PeerID",
     "RecordValidatorBase",
+    "split_address",
 ]
+
+
+def split_address(address: str) -> tuple[PeerID, Multiaddr]:
+    """Whom a full multiaddress names, and the address without that name. Raises what multiaddr and base58 like."""
+    full = Multiaddr(address)
+    peer = full["p2p"]
+    return PeerID.from_base58(peer), full.decapsulate(Multiaddr(f"/p2p/{peer}"))

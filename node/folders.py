@@ -25,12 +25,15 @@ def beside_folder(state_folder: Path, stage: int) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file anew: whoever reads it meanwhile, or after a crash, finds all of the old text or all of the new.
+    """Writes a file anew: whoever reads it meanwhile, or after a power cut, finds all of the old text or of the new.
 
     Raises OSError.
     """
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 

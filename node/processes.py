@@ -22,7 +22,8 @@ from pathlib import Path
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+from coordinator.children import be_killed_with_parent, descendants_of, kill_all
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 # Loaded before any fork: a forked child must not import or dlopen.
@@ -32,18 +33,6 @@ _prctl: Callable[..., int] | None = ctypes.CDLL(None, use_errno=True).prctl if s
 def become_subreaper() -> bool:
     """Adopts orphaned descendants from now on. False where the system cannot."""
     return _prctl is not None and _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-
-
-def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Asks the kernel to signal this process when its parent's thread ends; `parent_pid` is who that should be.
-
-    Fork from the parent's main thread: the death of the forking thread counts as the parent's death.
-    """
-    if _prctl is None:
-        return
-    _prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-    if os.getppid() != parent_pid:  # the parent died between fork and prctl: its signal will never come
-        os.kill(os.getpid(), signal_number)
 
 
 class BoundedLog:
@@ -115,7 +104,7 @@ def start_child(
             stderr=fd,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(parent_pid, death_signal),  # noqa: PLW1509 - one prctl, nothing else
+            preexec_fn=lambda: be_killed_with_parent(parent_pid, death_signal),  # noqa: PLW1509 - one prctl, nothing else
         )
     finally:
         os.close(fd)
@@ -131,32 +120,17 @@ def describe_exit(return_code: int) -> str:
         return f"killed by signal {-return_code}"
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    """Children, their children and so on; empty for a dead process. Zombies are among them."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and all its descendants. The caller reaps its own children."""
-    family = descendants(pid)
+    family = descendants_of(pid)
     with contextlib.suppress(psutil.NoSuchProcess):
         family.insert(0, psutil.Process(pid))
     kill_all(family)
 
 
-def kill_all(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL to each that still is the process it was (psutil compares start times: pids are reused)."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.kill()
-
-
 def terminate_then_kill(child: subprocess.Popen[bytes], timeout: timedelta) -> int:
     """SIGTERM, time to leave, then SIGKILL to whatever of its tree remains. Returns its return code."""
-    family = descendants(child.pid)
+    family = descendants_of(child.pid)
     if child.poll() is None:
         child.terminate()
     try:

@@ -6,18 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 
+from stage_server.concurrency import until_first_ends
+
 
 async def first_of(*awaitables: Awaitable[Any]) -> None:
-    """Waits for the first to end, raises what it raised, and cancels the others before it returns."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    """Waits for the first to end, cancels the others and waits for them, then raises what the first one raised."""
+    for error in await until_first_ends(*awaitables):
+        raise error
 
 
 class Background:

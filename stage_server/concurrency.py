@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import Any
 
 
-async def until_first_ends(*work: Coroutine[Any, Any, None]) -> list[Exception]:
+async def until_first_ends(*work: Awaitable[Any]) -> list[Exception]:
     """Runs all until one returns or raises, cancels the rest and waits for them. Returns what was raised, if anything.
 
     Unlike a TaskGroup it keeps a cancellation from outside apart from an error within: the former always propagates.
     (On Python 3.11 a TaskGroup whose child fails while it is itself being cancelled forgets the cancellation.)
     """
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -70,13 +70,13 @@ class GrpcDialer:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await channel.channel_ready()
+            return _ClientStream(channel, endpoint)
         except TimeoutError:
             await channel.close()
             raise LinkLost(f"nobody answers at {endpoint} within {CONNECT_SECONDS:.0f} s") from None
-        except asyncio.CancelledError:
+        except BaseException:
             await channel.close()
             raise
-        return _ClientStream(channel, endpoint)
 
 
 def stub(channel: grpc.aio.Channel) -> StageAsyncStub:
@@ -99,7 +99,11 @@ async def describe(endpoint: str, within: timedelta) -> stage_pb2.DescribeReply 
 
 
 class _ClientStream:
-    """The end that dialled."""
+    """The end that dialled.
+
+    gRPC keeps a connection for as long as a call object of it lives, closed or not. So this one lets go of its call,
+    lest whoever still refers to the stream (an exception's traceback will do) keeps a socket.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, endpoint: str) -> None:
         self._channel = channel
@@ -108,6 +112,7 @@ class _ClientStream:
         self._closed = False
 
     async def send(self, frame: Frame) -> None:
+        self._raise_if_closed_here()
         try:
             await self._call.write(frame)  # type: ignore[arg-type]
         except asyncio.CancelledError:
@@ -117,6 +122,7 @@ class _ClientStream:
             raise await self._over() from None
 
     async def receive(self) -> Frame:
+        self._raise_if_closed_here()
         try:
             frame = await self._call.read()
         except asyncio.CancelledError:
@@ -131,14 +137,19 @@ class _ClientStream:
         return frame
 
     async def close(self, reason: Exception | None = None) -> None:
-        if isinstance(reason, StageError) and not isinstance(reason, LinkLost):
-            await self._refuse(reason)
-        self._closed = True
-        self._call.cancel()
-        await self._channel.close()
+        try:
+            if not self._closed and isinstance(reason, StageError) and not isinstance(reason, LinkLost):
+                await self._refuse(reason)
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._call.cancel()
+                del self._call
+                await self._channel.close()
 
     async def _refuse(self, reason: StageError) -> None:
         """The dialling side cannot end a call with a status of its own: it says why in a last frame."""
+        call = self._call
         goodbye = stage_pb2.Goodbye(
             reason=stage_pb2.Goodbye.REASON_REFUSED,
             code=errors_pb2.ErrorCode.ValueType(int(reason.code)),
@@ -146,9 +157,9 @@ class _ClientStream:
         )
         try:
             async with asyncio.timeout(REFUSAL_SECONDS):
-                await self._call.write(stage_pb2.UpstreamFrame(goodbye=goodbye))
-                await self._call.wait_for_connection()
-                await self._call.code()  # the answering side ends the call when it has read the frame
+                await call.write(stage_pb2.UpstreamFrame(goodbye=goodbye))
+                await call.wait_for_connection()
+                await call.code()  # the answering side ends the call when it has read the frame
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
 
@@ -159,8 +170,9 @@ class _ClientStream:
 
     async def _over(self) -> StageError:
         self._raise_if_closed_here()
-        details = await self._call.details() or "no reason given"
-        code = dict((await self._call.trailing_metadata()) or ()).get(ERROR_METADATA)
+        call = self._call
+        details = await call.details() or "no reason given"
+        code = dict((await call.trailing_metadata()) or ()).get(ERROR_METADATA)
         if isinstance(code, str) and code.isascii() and code.isdigit():
             return refusal(int(code), str(details))
         return LinkLost(f"the link to {self._endpoint} is over: {details}")

@@ -159,8 +159,11 @@ class LinkSession:
             reason = error
         finally:
             await self._stream.close(reason)
-        if reason is not None:
-            raise reason
+        try:
+            if reason is not None:
+                raise reason
+        finally:
+            reason = None  # its traceback holds this frame: with it, all of the link would stay until it is collected
 
     # -- handshake ----------------------------------------------------------------------------------------------
 
@@ -207,9 +210,7 @@ class LinkSession:
     # -- pumps --------------------------------------------------------------------------------------------------
 
     async def _pump(self) -> None:
-        errors = await until_first_ends(self._send_queued(), self._receive(), self._watch())
-        # A refusal says more than the broken stream it causes.
-        raise next((error for error in errors if not isinstance(error, LinkLost)), errors[0])
+        raise _most_telling(await until_first_ends(self._send_queued(), self._receive(), self._watch()))
 
     async def _send_queued(self) -> None:
         while True:
@@ -333,6 +334,11 @@ class LinkSession:
             heard_at = self._silence.heard_at
             if heard_at is not None and loop.time() - heard_at > SILENCE_LIMIT.total_seconds():
                 raise LinkLost(f"the {self._side} neighbour has been silent for {SILENCE_LIMIT.total_seconds():.0f} s")
+
+
+def _most_telling(errors: Sequence[Exception]) -> Exception:
+    """A refusal says more than the broken stream it causes."""
+    return next((error for error in errors if not isinstance(error, LinkLost)), errors[0])
 
 
 class _Arrivals:

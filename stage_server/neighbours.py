@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 from resbm_pb import stage_pb2
 
@@ -114,8 +114,7 @@ class Neighbours:
                 for task in [task for task in tasks.values() if task.done()]:
                     task.result()
         finally:
-            for task in tasks.values():
-                await _cancelled(task)
+            await _cancelled(*tasks.values())
 
     async def _keep(self, peer: str) -> None:
         pause = REDIAL_FIRST
@@ -319,7 +318,8 @@ class _LinkEnd:
         self._host.totals.received_bytes[self.side] += num_bytes
 
 
-async def _cancelled(task: asyncio.Task[object]) -> None:
-    """Ends a task whose result nobody needs."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Ends tasks whose results nobody needs."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from node.errors import MachineUnfit
+from node.folders import replace_text
 from node.version import __version__
 
 if TYPE_CHECKING:
@@ -204,11 +206,10 @@ class Report:
         """Raises MachineUnfit at once, not after an hour, when `out` cannot be written."""
         self.watcher = watcher
         self._path = out or Path("runs", "bench", f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json")
-        self._part = self._path.with_name(self._path.name + ".part")
         with _writable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._part.touch()
-            self._part.unlink()
+            with tempfile.TemporaryFile(dir=self._path.parent):
+                pass
         self._started = time.monotonic()
         self._result: dict[str, Any] = {
             "benchmark": name,
@@ -228,8 +229,7 @@ class Report:
             "measurements": measurements,
         }
         with _writable(self._path):
-            self._part.write_text(json.dumps(self._result, indent=1, default=_plain) + "\n")
-            self._part.replace(self._path)
+            replace_text(self._path, json.dumps(self._result, indent=1, default=_plain) + "\n")
         self.watcher.end(tables, summary, self._path)
 
 

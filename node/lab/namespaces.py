@@ -23,12 +23,12 @@ from typing import Any
 
 import psutil
 
+from coordinator.children import kill_all
 from node.errors import ConfigInvalid, LabFailed
 from node.lab.shapes import InterfaceCounters, LinkShape
 from node.lab.shaping import DelayBy, Shaper
 from node.lab.signals import ending_on_signals
 from node.lab.tools import Tools, require, require_root
-from node.processes import kill_all
 
 _LOCKS = Path("/run/resbm-lab")
 _NAMESPACE = re.compile(r"resbm-(\d+)-\S+")

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from coordinator.children import be_killed_with_parent
 from node.errors import ConfigInvalid, KernelLacks, LabFailed, PrivilegeMissing, ToolMissing
 from node.lab import delayer
 from node.lab.shapes import UNSHAPED, LinkShape
 from node.lab.tools import Tools
-from node.processes import die_with_parent
 
 DelayBy = Literal["auto", "netem", "nfqueue"]
 
@@ -244,7 +244,7 @@ class Shaper:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: die_with_parent(owner, signal.SIGKILL),  # noqa: PLW1509 - one prctl, nothing else
+            preexec_fn=lambda: be_killed_with_parent(owner, signal.SIGKILL),  # noqa: PLW1509 - one prctl, nothing else
         )
         assert process.stdout is not None  # for the type checker: it was asked for
         select.select([process.stdout], [], [], _START_SECONDS)

@@ -142,17 +142,16 @@ class Contacts:
         oldest = time.monotonic() - MEMORY.total_seconds()
         for contact in [c for c in self._contacts.values() if max(c.heard_at, c.listed_at) < oldest]:
             del self._contacts[contact.peer_id]
-            if contact.talking is not None:
-                contact.talking.cancel()
+            _hang_up(contact)
 
     async def close(self) -> None:
         """Hangs up on everybody, for good."""
         self._closed = True
         talking = [contact.talking for contact in self._contacts.values() if contact.talking is not None]
-        for task in talking:
-            task.cancel()
-        await asyncio.gather(*talking, return_exceptions=True)
+        for contact in self._contacts.values():
+            _hang_up(contact)
         self._contacts.clear()
+        await asyncio.gather(*talking, return_exceptions=True)
 
     def _contact(self, peer_id: str, endpoint: str) -> Contact:
         contact = self._contacts.get(peer_id)
@@ -161,8 +160,7 @@ class Contacts:
         if self._closed:
             return contact
         if contact.talking is None or contact.endpoint != endpoint:
-            if contact.talking is not None:
-                contact.talking.cancel()
+            _hang_up(contact)
             contact.endpoint = endpoint
             contact.talking = self._background.start(self._talk(contact))
         return contact
@@ -195,3 +193,9 @@ class Contacts:
                     continue
         finally:
             await line.close()
+
+
+def _hang_up(contact: Contact) -> None:
+    if contact.talking is not None:
+        contact.talking.cancel()
+        contact.talking = None  # a task knows its contact: knowing each other, both would keep the line's socket

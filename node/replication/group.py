@@ -127,6 +127,7 @@ class ReplicaGroup:
         self._level_at = committed
         self._listed_at: float | None = None  # monotonic seconds; when the directory was first heard
         self._introduced = False
+        self._left = False
         peer.ledger.paused = True
         self._standing = lineage  # of the state that this replica really has, whatever it is about to take over
         peer.lineage = lambda: self._lineages.get(self._ledger.committed, self._standing)
@@ -148,10 +149,16 @@ class ReplicaGroup:
             await self._close()
 
     async def _close(self) -> None:
+        self._left = True
         self._peer.on_progress = None
-        await self._background.close()
-        await self._contacts.close()
-        await self._sums.close()
+        self._round = self._resyncing = None
+        try:
+            await self._background.close()
+        finally:
+            try:
+                await self._contacts.close()
+            finally:
+                await self._sums.close()
 
     def listed(self, endpoints: Mapping[str, str]) -> None:
         """The other replicas of the stage, as the directory has them: endpoint by peer id."""
@@ -240,7 +247,12 @@ class ReplicaGroup:
         )
 
     def hear(self, word: ReplicaWord, proposed: Round | None) -> ReplicaWord:
-        """Another replica's word, and its proposal if it makes one; returns this replica's word."""
+        """Another replica's word, and its proposal if it makes one; returns this replica's word.
+
+        Raises LinkLost: this replica has left.
+        """
+        if self._left:
+            raise LinkLost("this replica has left")
         if word.peer_id != self._member.peer_id:
             self._heard(word)
         if proposed is not None:
@@ -384,6 +396,8 @@ class ReplicaGroup:
 
     async def prepare_state(self) -> Prepared:
         """Puts the committed state on disk, right after a commit if one comes soon. Raises StageError."""
+        if self._left:
+            raise LinkLost("this replica has left")
         if not self.serving:
             raise CheckpointInvalid("this peer is taking over a state itself")
         return await self._offer.prepare()

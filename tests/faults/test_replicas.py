@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support.local_replicas import Hub, LocalReplicas, run, tiny
@@ -95,6 +97,29 @@ def test_who_comes_when_the_run_is_over_gets_its_state(tmp_path: Path) -> None:
         check(swarm)
 
     run(scenario, tiny(stages=1, steps=2), tmp_path)
+
+
+def test_peers_that_come_and_go_leave_no_socket_open(tmp_path: Path) -> None:
+    """Neither at those who stay nor at those who have gone: here both are this process."""
+
+    async def open_files(swarm: LocalReplicas, visitors: int) -> int:
+        for number in range(visitors):
+            visitor = await swarm.join(number % 2)
+            await asyncio.sleep(0.1 + 0.2 * (number % 4))  # in the middle of anything
+            await swarm.kill(visitor.name)
+        await asyncio.sleep(0.5)
+        gc.collect()
+        return len(psutil.Process().net_connections())
+
+    async def scenario(swarm: LocalReplicas) -> None:
+        for stage in (0, 1):
+            await swarm.join(stage)
+        await swarm.until_step(1)
+        before = await open_files(swarm, 2)
+        assert await open_files(swarm, 12) <= before
+        assert not swarm.failures
+
+    run(scenario, tiny(steps=10_000), tmp_path)
 
 
 def test_a_replica_that_serves_and_cannot_average_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from node.processes import BoundedLog, descendants, describe_exit, kill_tree, start_child, terminate_then_kill
+from coordinator.children import descendants_of
+from node.processes import BoundedLog, describe_exit, kill_tree, start_child, terminate_then_kill
 
 SLEEP = "import time; time.sleep(60)"
 TREE = f"""
@@ -54,7 +55,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("code", [TREE, STUBBORN])
 def test_terminate_then_kill_leaves_nobody_of_the_tree(tmp_path: Path, code: str) -> None:
     child = start(code, tmp_path)
-    family = [child.pid, *(p.pid for p in descendants(child.pid))]
+    family = [child.pid, *(p.pid for p in descendants_of(child.pid))]
     assert len(family) == 2
     return_code = terminate_then_kill(child, timedelta(seconds=0.5))
     assert return_code == (-signal.SIGTERM if code is TREE else -signal.SIGKILL)
@@ -90,7 +91,7 @@ time.sleep(60)
 
 @linux
 def test_a_child_whose_parent_died_before_it_could_ask_ends_itself() -> None:
-    code = "import os; from node.processes import die_with_parent; die_with_parent(os.getppid() + 1); print('alive')"
+    code = "import os; from coordinator.children import *; be_killed_with_parent(os.getppid() + 1); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == b""
