@@ -21,9 +21,10 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,11 @@ from coordinator.averaging_launch import FreshInterpreter, Launcher
 
 __all__ = ["AveragingFailed", "Reason", "ReplicaAveraging", "StageSum", "Wire"]
 
-GRACE = timedelta(seconds=3)
-"""How much later than a round's own end its process may answer, before it is given up."""
+GRACE = timedelta(seconds=8)
+"""How much later than a round's own end its process may answer, before it is given up: it takes up to
+`averaging_process.END_TIMEOUT_SECONDS` to end a round."""
+SECOND_LOOK = timedelta(seconds=1)
+"""And again after that: where the whole machine slept, the time is over before the answer could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +156,9 @@ class ReplicaAveraging:
         """
         async with self._turn:
             child = await self._ready(within)
+            request = {"key": key, "members": list(members), "count": count, "timeout_seconds": within.total_seconds()}
             try:
-                async with asyncio.timeout((within + GRACE).total_seconds()):
-                    answer = await child.ask(
-                        do="sum",
-                        key=key,
-                        members=list(members),
-                        count=count,
-                        timeout_seconds=within.total_seconds(),
-                    )
+                answer = await _in_time(child.ask(do="sum", **request), (within + GRACE, SECOND_LOOK))
             except (TimeoutError, AveragingFailed) as error:
                 self._replace_child()
                 if isinstance(error, AveragingFailed):
@@ -246,3 +244,17 @@ def _port_of(address: str) -> int:
     """The TCP port in the first of some multiaddresses."""
     words = address.split(maxsplit=1)[0].split("/")
     return int(words[words.index("tcp") + 1])
+
+
+async def _in_time(answer: Coroutine[Any, Any, dict[str, Any]], patience: Sequence[timedelta]) -> dict[str, Any]:
+    """What it gives within one of these times after another. Raises TimeoutError."""
+    task = asyncio.create_task(answer)
+    try:
+        for time_left in patience:
+            await asyncio.wait({task}, timeout=time_left.total_seconds())
+        if not task.done():
+            raise TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -286,10 +286,13 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
         self._averaged_tensors = torch.split(torch.from_numpy(self._values), sizes[0])
         self._runner = None
         with self._register_allreduce_group(group):
+            running = self._running_groups[group.group_id]
             try:
                 await self._aggregate_with_group(group, weight=1.0, min_vector_size=0)
             except Exception as error:  # hivemind wraps everything in one type; the runner knows more
                 raise _failure_of(self._runner, error) from error
+            finally:
+                running.cancel()  # where it did not begin: members that wait for it are told
 
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: Any, *, peer_fractions: Sequence[float], weight: float

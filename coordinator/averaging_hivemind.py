@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,9 @@ P2P, PeerID = hivemind_parts.P2P, hivemind_parts.PeerID
 
 CallFailed = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, asyncio.IncompleteReadError, StopAsyncIteration)
 """What a call to a peer that is not there may raise."""
+
+CLOSE_TIMEOUT = timedelta(seconds=10)
+"""For the other end of a stream to end it too."""
 
 KNOWN_SOURCES = {
     "allreduce": "2a67006fc98b9683e357e4b8a805832c9bec1e81afbf1ffcc41862bb56caab05",
@@ -271,9 +275,10 @@ async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
 
 
 async def _close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):  # whatever it is, it comes too late to matter
-        while await reader.read(65_536):
-            pass
+    with contextlib.suppress(OSError):  # whatever it is, TimeoutError too, it comes too late to matter
+        async with asyncio.timeout(CLOSE_TIMEOUT.total_seconds()):
+            while await reader.read(65_536):
+                pass
     writer.close()
 
 

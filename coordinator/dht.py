@@ -24,7 +24,7 @@ from coordinator import children
 from coordinator.dht_process import DhtProcess, addresses_of, start_process
 from coordinator.errors import DirectoryLost, SwarmError
 from coordinator.hivemind_parts import DHT, DHTNode, split_address
-from coordinator.identity import write_key_file
+from coordinator.identity import peer_id_of, public_key_of, write_key_file
 from coordinator.listening import Listen, with_checked_port
 
 START_TIMEOUT = timedelta(seconds=60)
@@ -117,9 +117,10 @@ class Directory:
         folder.mkdir(parents=True, exist_ok=True)
         key_file = folder / _KEY_FILE
         write_key_file(key_file, identity_seed)
+        peer_id = peer_id_of(public_key_of(identity_seed))
         try:
             with _undisturbed_main_thread():
-                dht = start_process(key_file, listen, bootstrap, timeout)
+                dht = start_process(key_file, peer_id, listen, bootstrap, timeout)
                 return cls(dht, addresses_of(dht, timeout))
         finally:
             key_file.unlink(missing_ok=True)  # the daemon has read it

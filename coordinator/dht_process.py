@@ -16,7 +16,7 @@ from typing import Any
 
 from coordinator import children
 from coordinator.errors import ClockSkew, DirectoryLost, PortTaken, SwarmError, TicketUnreachable
-from coordinator.hivemind_parts import DHT, P2P
+from coordinator.hivemind_parts import DHT, DHTID, P2P
 from coordinator.listening import Listen, multiaddress
 from coordinator.validator import SignedRecordValidator
 
@@ -65,10 +65,14 @@ class DhtProcess(DHT):  # type: ignore[misc]  # hivemind has no types
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def start_process(key_file: Path, listen: Listen, bootstrap: Sequence[str], timeout: timedelta) -> DhtProcess:
+def start_process(
+    key_file: Path, peer_id: str, listen: Listen, bootstrap: Sequence[str], timeout: timedelta
+) -> DhtProcess:
+    """`peer_id`: that of the key. Whoever starts again is the node it was, instead of leaving a dead one behind."""
     announce = None if listen.announce == listen.host else [multiaddress(listen.announce, listen.port)]
     dht = DhtProcess(
         initial_peers=list(bootstrap),
+        node_id=DHTID.generate(source=peer_id),
         scratch=_make_scratch(),
         record_validators=[SignedRecordValidator()],
         shutdown_timeout=STOP_TIMEOUT.total_seconds(),
@@ -79,6 +83,12 @@ def start_process(key_file: Path, listen: Listen, bootstrap: Sequence[str], time
         startup_timeout=timeout.total_seconds(),
         # A private swarm: nothing is dialled but the given addresses and the peers known there.
         use_ipfs=False,
+        # Entries change all the time and every read wants the newest of each, so a copy never spares a search: it would
+        # only make other peers answer with it.
+        cache_locally=False,
+        cache_on_store=False,
+        cache_nearest=0,
+        cache_refresh_before_expiry=0,
         use_relay=False,
         use_auto_relay=False,
         auto_nat=False,

@@ -6,6 +6,7 @@ The peer id is the libp2p one: the owner of a record, the peer id and the identi
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import base58
@@ -14,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+NUM_REMEMBERED = 512
+"""A search of the directory finds each record at several peers: it is verified once."""
 
 # libp2p: identity multihash (code 0x00, length 0x24) of PublicKey{type: Ed25519 (08 01), data: 32 bytes (12 20 ..)}.
 _PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
@@ -26,6 +29,7 @@ def public_key_of(seed: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
 
 
+@lru_cache(NUM_REMEMBERED)
 def peer_id_of(public_key: bytes) -> str:
     """Base58 libp2p peer id of a raw Ed25519 public key.
 
@@ -42,6 +46,7 @@ def sign(seed: bytes, message: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(seed).sign(message)
 
 
+@lru_cache(NUM_REMEMBERED)
 def verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
     """Whether `signature` is that of `public_key` over `message`; a malformed key or signature verifies nothing."""
     if len(public_key) != PUBLIC_KEY_BYTES or len(signature) != SIGNATURE_BYTES:

@@ -40,6 +40,8 @@ PEER_RENEWAL = timedelta(seconds=10)
 RUN_LIFETIME = timedelta(hours=23)
 """How long a run is found after its coordinator's last word; any peer may hand the sealed record on until then."""
 WATCH_PERIOD = timedelta(seconds=3)
+RECENT = WATCH_PERIOD
+"""Old enough for whoever looks now and then."""
 
 
 class Swarm:
@@ -52,6 +54,7 @@ class Swarm:
         self._peer_id = identity.peer_id_of(self._public_key)
         self._expirations: dict[str, float] = {}
         self._own_keys: set[str] = set()
+        self._newest: _Reading | None = None
 
     @classmethod
     def start(
@@ -205,16 +208,23 @@ class Swarm:
         """
         await self._withdraw(set(self._own_keys))
 
-    async def snapshot(self, run_id: str, num_stages: int) -> DirectorySnapshot:
-        """The run's peers now, read from the directory and checked.
+    async def snapshot(self, run_id: str, num_stages: int, max_age: timedelta = timedelta(0)) -> DirectorySnapshot:
+        """The run's peers, read from the directory and checked.
+
+        A search asks about every peer there is, and each answers: who need not know what has just changed takes what
+        somebody else in this process has read within `max_age`.
 
         Raises:
             DirectoryLost
         """
+        if self._newest is not None and self._newest.is_of(run_id, num_stages, max_age):
+            return self._newest.snapshot
+        began_at = time.monotonic()
         found = await self._directory.get([stage_key(run_id, stage) for stage in range(num_stages)])
         snapshot = snapshot_of(found, run_id, num_stages, now=time.time())
         # A process that ran under this identity before may have left entries: they are ours to renew or withdraw.
         self._own_keys |= {stage_key(run_id, e.stage) for e in snapshot.all_peers() if e.peer_id == self._peer_id}
+        self._newest = _Reading(run_id, num_stages, began_at, snapshot)
         return snapshot
 
     async def watch(
@@ -261,6 +271,20 @@ class Swarm:
         if (await self._directory.get([key])).get(key, {}).get(self._peer_id) != sealed:
             raise DirectoryLost(f"the directory did not take this peer's record for {key}")
         return sealed
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A snapshot, and when it was read: monotonic seconds."""
+
+    run_id: str
+    num_stages: int
+    read_at: float
+    snapshot: DirectorySnapshot
+
+    def is_of(self, run_id: str, num_stages: int, max_age: timedelta) -> bool:
+        age = time.monotonic() - self.read_at
+        return (self.run_id, self.num_stages) == (run_id, num_stages) and age < max_age.total_seconds()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from coordinator import coverage
 from coordinator.coverage import Gaps, Policy, plan_cover, relief_of
 from coordinator.directory import DirectorySnapshot, PeerEntry
 from coordinator.errors import DirectoryLost
+from coordinator.swarm import RECENT
 from node.events import Beside, Cover, Coverage, Event
 from node.swarm_view import pause, unserved
 
@@ -32,7 +33,7 @@ ASK_AGAIN = timedelta(seconds=30)
 class Directory(Protocol):
     """What is needed of a swarm."""
 
-    async def snapshot(self, run_id: str, num_stages: int) -> DirectorySnapshot: ...
+    async def snapshot(self, run_id: str, num_stages: int, max_age: timedelta) -> DirectorySnapshot: ...
 
 
 class Replicas(Protocol):
@@ -78,7 +79,8 @@ class Covering:
         """Looks now and then, for ever."""
         while True:
             try:
-                self.look(await self._swarm.snapshot(self._entry.run_id, self._num_stages), time.time())
+                snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages, RECENT)
+                self.look(snapshot, time.time())
             except DirectoryLost as error:
                 log.warning("not looked whether stages are empty: %s", error)
             await asyncio.sleep(LOOK.total_seconds())
@@ -126,7 +128,7 @@ async def until_relieved(
     while True:
         await asyncio.sleep(LOOK.total_seconds())
         try:
-            snapshot = await swarm.snapshot(entry.run_id, num_stages)
+            snapshot = await swarm.snapshot(entry.run_id, num_stages, RECENT)
         except DirectoryLost as error:
             log.warning("not looked whether this peer may leave: %s", error)
             continue

@@ -15,7 +15,7 @@ from coordinator.custody import Source, newest_copy, newest_to_keep, stage_in_cu
 from coordinator.directory import SERVING, DirectorySnapshot
 from coordinator.epochs import Epoch, epoch_of
 from coordinator.errors import DirectoryLost
-from coordinator.swarm import Swarm
+from coordinator.swarm import RECENT, Swarm
 from node.assembly import stage_folder
 from stage_server.checkpoint import CheckpointStore
 from stage_server.errors import StageError
@@ -65,7 +65,7 @@ class Custodian:
             await asyncio.sleep(max(LOOK.total_seconds(), took / SHARE) * random.uniform(0.8, 1.2))
 
     async def _copy(self, epoch: Epoch) -> None:
-        snapshot = await self._swarm.snapshot(self._run_id, self._num_stages)
+        snapshot = await self._swarm.snapshot(self._run_id, self._num_stages, RECENT)
         stage = stage_in_custody(snapshot, self._swarm.peer_id)
         if stage is None:
             return  # what is here stays: it may be the last one

@@ -25,7 +25,8 @@ from node.scratch import scratch_folder
 
 WORKER_COMMAND = (sys.executable, "-m", "node.worker")
 DRAIN_TIMEOUT = timedelta(seconds=20)
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
+_TRIM_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -194,6 +195,7 @@ class Keeper:
     async def _until_exit(self, child: subprocess.Popen[bytes], listening: asyncio.Task[None]) -> int:
         """Polls, which works everywhere and needs no child watcher; drains and kills when asked to."""
         kill_at: float | None = None
+        trim_at = 0.0
         while (code := child.poll()) is None:
             if self._stops and kill_at is None:
                 child.terminate()
@@ -204,7 +206,9 @@ class Keeper:
                 kill_tree(child.pid)
             if listening.done() and (error := listening.exception()):
                 raise error
-            self.log.trim()
+            if time.monotonic() >= trim_at:
+                self.log.trim()
+                trim_at = time.monotonic() + _TRIM_SECONDS
             await asyncio.sleep(_POLL_SECONDS)
         return code
 

@@ -22,7 +22,7 @@ from coordinator.errors import DirectoryLost
 from coordinator.placement import StageCosts
 from coordinator.rebalancing import Move, Policy, decide_move, is_move_right, next_look, plan_moves
 from coordinator.settlement import SETTLE_JITTER, SETTLE_WAIT
-from coordinator.swarm import Swarm
+from coordinator.swarm import RECENT, Swarm
 from node.presence import Presence
 from node.replication.group import ReplicaGroup
 
@@ -100,7 +100,7 @@ class Mover:
         return self._group.serving and bool(self._group.level(since=since))
 
     async def _decide(self) -> Move | None:
-        snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages)
+        snapshot = await self._swarm.snapshot(self._entry.run_id, self._num_stages, RECENT)
         if self._is_needed_to_go_back(snapshot):
             return None
         now = time.time()

@@ -32,12 +32,21 @@ _KEEPALIVE = [
 ]
 
 
+# Who is away for some seconds is called again soon after; by itself gRPC would wait for up to two minutes.
+_RECONNECT = [
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # for one attempt
+]
+
+
 def channel_options(max_frame_bytes: int) -> list[tuple[str, Any]]:
     """Options of a client channel whose frames are at most `max_frame_bytes`."""
     return [
         *_message_limits(max_frame_bytes),
         *_KEEPALIVE,
         ("grpc.enable_retries", 0),
+        *_RECONNECT,
         # Channels of one process to one address must not share a connection: a redial has to be a new one.
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -29,6 +29,8 @@ ABSENCE = timedelta(seconds=1)
 """`in_sight` is asked several times a second: where it was not for so long, this process stood still."""
 REFUSALS = 2
 """Who cannot be reached so often in a row, without a wait, is out of sight at once: its process is gone."""
+DIAL_AGAIN = 2
+"""After so many failed calls in a row: TCP goes on with a connection that was cut for a while after as long again."""
 MEMORY = timedelta(minutes=1)
 """Who is out of sight for so long, and not in the directory, is forgotten."""
 
@@ -166,7 +168,7 @@ class Contacts:
         return contact
 
     async def _talk(self, contact: Contact) -> None:
-        line = self._line(contact.endpoint)
+        line, failures = self._line(contact.endpoint), 0
         try:
             while True:
                 contact.dirty.clear()
@@ -177,8 +179,13 @@ class Contacts:
                     word = await line.agree(self._own_word(), proposed, CALL_LIMIT)
                 except StageError:
                     contact.refusals += time.monotonic() - called_at < HEARTBEAT.total_seconds()
+                    failures += 1
+                    if failures % DIAL_AGAIN == 0:
+                        await line.close()
+                        line = self._line(contact.endpoint)
                     await asyncio.sleep(HEARTBEAT.total_seconds())
                     continue
+                failures = 0
                 if word.peer_id != contact.peer_id:
                     await asyncio.sleep(MEMORY.total_seconds())  # somebody else lives there now
                     continue

@@ -420,7 +420,7 @@ class ReplicaGroup:
         try:
             await self._sums.started()
             donor = self._contacts[peer].endpoint
-            prepared = await self._ask_for_state(donor)
+            prepared = await self._ask_for_state(peer, donor)
             log.info("taking over the state of step %d from %s", prepared.step, peer)
             self._lineages = {prepared.step: prepared.lineage}
             self._sums.forget()
@@ -440,11 +440,18 @@ class ReplicaGroup:
             return word.tally.committed, word.tally.lineage
         return prepared.step, prepared.lineage
 
-    async def _ask_for_state(self, endpoint: str) -> Prepared:
+    async def _ask_for_state(self, peer: str, endpoint: str) -> Prepared:
+        """It may take its time, but not in silence."""
         line = self._means.line(endpoint)
+        asking = asyncio.create_task(line.prepare_state())
         try:
-            return await line.prepare_state()
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=LOOK.total_seconds())
+                if not asking.done() and peer not in self._contacts.in_sight():
+                    raise LinkLost("it is out of sight")
+            return asking.result()
         finally:
+            asking.cancel()
             await line.close()
 
     def _other_donors(self, peer: str) -> list[str]:

@@ -306,6 +306,7 @@ class _Findings:
             "join_p95_seconds": percentile(journal.join_times(), 0.95),
             "longest_step_seconds": journal.longest_step(marks["churn"], marks["end"]),
             "blows": len(journal.struck),
+            "most_peers_running": max((struck.num_running for struck in journal.struck), default=None),
             "steps": max(journal.swarm_step_times(), default=0),
             "commits_counted": self.counted.commits,
             "steps_verified": len(self.verified),

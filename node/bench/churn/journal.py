@@ -22,6 +22,8 @@ class Struck:
     blow: Blow
     peer: str
     stage: int
+    num_running: int
+    """Peers on this machine then: those that serve, those that still join, those that sleep or have yet to leave."""
 
 
 @dataclass(slots=True)

@@ -103,6 +103,11 @@ class ChurnSwarm:
         return {name: stage for name, stage in here.items() if self.journal.is_level(name, stage)}
 
     @property
+    def num_running(self) -> int:
+        """Peers that have not ended."""
+        return sum(child.process.poll() is None for child in self._started if child is not self._coordinator)
+
+    @property
     def pids(self) -> Mapping[str, int]:
         """First process by peer, of those that run."""
         return {n: child.process.pid for n, child in self._peers.items() if n not in self._stopped}
@@ -125,7 +130,7 @@ class ChurnSwarm:
 
     def strike(self, blow: Blow, name: str) -> None:
         """It happens to this peer, to all of its processes at once."""
-        self.journal.struck.append(Struck(time.monotonic(), blow, name, self._stage[name]))
+        self.journal.struck.append(Struck(time.monotonic(), blow, name, self._stage[name], self.num_running))
         child = self._peers[name]
         if blow is Blow.KILL:
             del self._peers[name]

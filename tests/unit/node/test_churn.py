@@ -54,7 +54,7 @@ def test_the_journal_tells_speed_recovery_and_joining() -> None:
     journal.committed("old-1", 1, 11, 1.0, at=12.5)  # stage 0 at 20.0
     assert journal.longest_step(0.0, 30.0) == 20.0 - 10.1
     del journal.stage_steps[1][11]
-    journal.struck.append(Struck(5.5, Blow.KILL, "old-0", 0))
+    journal.struck.append(Struck(5.5, Blow.KILL, "old-0", 0, 8))
     assert journal.recoveries() == [7.1 - 5.5]
     journal.joined["new"] = 8.0
     assert journal.join_times() == []

@@ -35,7 +35,7 @@ class Directory:
     def __init__(self, entries: Iterable[PeerEntry] = ()) -> None:
         self.entries = list(entries)
 
-    async def snapshot(self, run_id: str, num_stages: int) -> DirectorySnapshot:
+    async def snapshot(self, run_id: str, num_stages: int, max_age: timedelta) -> DirectorySnapshot:
         return DirectorySnapshot.of(run_id, num_stages, self.entries, taken_at=time.time())
 
 

@@ -37,7 +37,7 @@ class Directory:
         self.entries = {(entry.peer_id, entry.stage): entry for entry in entries}
         self.meanwhile: list[PeerEntry] = []  # appear once a claim was published
 
-    async def snapshot(self, run_id: str, num_stages: int) -> DirectorySnapshot:
+    async def snapshot(self, run_id: str, num_stages: int, max_age: timedelta = timedelta(0)) -> DirectorySnapshot:
         return DirectorySnapshot.of(run_id, num_stages, self.entries.values(), taken_at=time.time())
 
     async def publish_beside(self, entry: PeerEntry) -> None:
