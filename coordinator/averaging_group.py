@@ -292,7 +292,7 @@ class SumAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind has 
             except Exception as error:  # hivemind wraps everything in one type; the runner knows more
                 raise _failure_of(self._runner, error) from error
             finally:
-                running.cancel()  # where it did not begin: members that wait for it are told
+                running.cancel()  # where it did not begin: nobody shall wait for it
 
     async def _run_allreduce_inplace_(
         self, tensors: Sequence[torch.Tensor], group_info: Any, *, peer_fractions: Sequence[float], weight: float
@@ -340,5 +340,7 @@ def digest_of(values: Values) -> str:
 def _failure_of(runner: SumRunner | None, error: Exception) -> AveragingFailed:
     if runner is not None and runner.failure.done():
         failure: RoundFailed = runner.failure.result()
+        if failure.peer is None:
+            return AveragingFailed(Reason.EXCHANGE_FAILED, str(failure))
         return AveragingFailed(Reason.MEMBER_LOST, f"the exchange with {failure.peer} broke: {failure}")
     return AveragingFailed(Reason.EXCHANGE_FAILED, str(error))

@@ -35,7 +35,7 @@ from hivemind.compression import (
     ScaledFloat16Compression,
     deserialize_torch_tensor,
 )
-from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, p2p_daemon
+from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, p2p_daemon, servicer
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import amap_in_executor
@@ -72,6 +72,7 @@ KNOWN_SOURCES = {
     "averager": "932a59ddb7e0933de2dc674be8480ebcdc9eb9fd713f5040a33dd0e4cca59929",
     "partition": "8905c51826c26d18281121e760758f3a3bfc77feca351886eade13cfbe571e23",
     "p2p_daemon": "1eda97687e0a6c5a624c4bd53d7e1433b2a687382d58256dcaf0d668fab6fb98",
+    "servicer": "c03aec53776ff1347eefcbda3d320f4a9001567d52d90326e17102ffcf4cfe06",
 }
 """SHA-256 of the source files whose internals are overridden or relied on, in hivemind 1.1.12."""
 
@@ -88,7 +89,9 @@ class RoundFailed(Exception):
         self.peer = peer
 
 
-def require_known_hivemind(modules: Sequence[ModuleType] = (allreduce, averager, partition, p2p_daemon)) -> None:
+def require_known_hivemind(
+    modules: Sequence[ModuleType] = (allreduce, averager, partition, p2p_daemon, servicer),
+) -> None:
     """Raises HivemindChanged unless the source of these modules is known, byte for byte."""
     for module in modules:
         name = module.__name__.rpartition(".")[2]
@@ -184,25 +187,27 @@ class SumRunner(AllReduceRunner):  # type: ignore[misc]
         index = self.ordered_peer_ids.index(peer_id)
         handler = self._servicer_type._get_handle_name(self._prefix, "rpc_aggregate_part")
         _, reader, writer = await self._p2p.call_binary_stream_handler(peer_id, handler)
-        both = [
-            asyncio.create_task(self._send_parts(index, writer)),
-            asyncio.create_task(self._take_sums(index, reader)),
-        ]
+        sending = asyncio.create_task(self._send_parts(index, writer))
         try:
-            await asyncio.gather(*both)
-            await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
+            await self._take_sums(index, reader)
         except BaseException:
-            for task in both:
-                task.cancel()
             writer.close()
             raise
+        finally:
+            sending.cancel()  # all of it has arrived once the sums are here
+            await asyncio.gather(sending, return_exceptions=True)
         closing = asyncio.create_task(_close(reader, writer))  # the sum is there: nobody waits for the stream's end
         _closing.add(closing)
         closing.add_done_callback(_closing.discard)
 
     async def _send_parts(self, peer_index: int, writer: asyncio.StreamWriter) -> None:
-        async for message in self._generate_input_for_peer(peer_index):
-            await P2P.send_protobuf(message, writer)
+        try:
+            async for message in self._generate_input_for_peer(peer_index):
+                await P2P.send_protobuf(message, writer)
+        except OSError:
+            return  # the other end has closed: what it has said before is read, or that it is gone
+        except Exception as error:  # noqa: BLE001 - no other member's fault, whatever it is
+            self.fail(f"{type(error).__name__}: {error}")
 
     async def _take_sums(self, peer_index: int, reader: asyncio.StreamReader) -> None:
         container = self.tensor_part_container
@@ -277,6 +282,7 @@ async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
 async def _close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):  # whatever it is, TimeoutError too, it comes too late to matter
         async with asyncio.timeout(CLOSE_TIMEOUT.total_seconds()):
+            await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
             while await reader.read(65_536):
                 pass
     writer.close()

@@ -68,7 +68,10 @@ class DhtProcess(DHT):  # type: ignore[misc]  # hivemind has no types
 def start_process(
     key_file: Path, peer_id: str, listen: Listen, bootstrap: Sequence[str], timeout: timedelta
 ) -> DhtProcess:
-    """`peer_id`: that of the key. Whoever starts again is the node it was, instead of leaving a dead one behind."""
+    """`peer_id`: that of the key. Whoever starts again is the node it was, instead of leaving a dead one behind.
+
+    To the others it is not new then, so they hand nothing over: it holds what is stored from now on.
+    """
     announce = None if listen.announce == listen.host else [multiaddress(listen.announce, listen.port)]
     dht = DhtProcess(
         initial_peers=list(bootstrap),

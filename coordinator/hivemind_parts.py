@@ -1,4 +1,4 @@
-"""The one place that imports hivemind: the environment set first, and the warnings of its imports kept to itself."""
+"""hivemind's names, imported with the environment set first and its warnings kept to itself, and its addresses."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 NUM_REMEMBERED = 512
-"""A search of the directory finds each record at several peers: it is verified once."""
+"""Keys and signatures: a search of the directory finds each record at several peers, and verifies it once."""
 
 # libp2p: identity multihash (code 0x00, length 0x24) of PublicKey{type: Ed25519 (08 01), data: 32 bytes (12 20 ..)}.
 _PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])

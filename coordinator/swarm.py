@@ -41,7 +41,7 @@ RUN_LIFETIME = timedelta(hours=23)
 """How long a run is found after its coordinator's last word; any peer may hand the sealed record on until then."""
 WATCH_PERIOD = timedelta(seconds=3)
 RECENT = WATCH_PERIOD
-"""Old enough for whoever looks now and then."""
+"""Fresh enough for whoever looks now and then."""
 
 
 class Swarm:
@@ -224,7 +224,8 @@ class Swarm:
         snapshot = snapshot_of(found, run_id, num_stages, now=time.time())
         # A process that ran under this identity before may have left entries: they are ours to renew or withdraw.
         self._own_keys |= {stage_key(run_id, e.stage) for e in snapshot.all_peers() if e.peer_id == self._peer_id}
-        self._newest = _Reading(run_id, num_stages, began_at, snapshot)
+        if self._newest is None or began_at >= self._newest.read_at:
+            self._newest = _Reading(run_id, num_stages, began_at, snapshot)
         return snapshot
 
     async def watch(

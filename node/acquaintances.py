@@ -35,7 +35,7 @@ def remember(folder: Path, addresses: Iterable[str]) -> None:
     if not kept or kept == recall(folder):
         return
     try:
-        replace_text(folder / FILE_NAME, json.dumps(kept))
+        replace_text(folder / FILE_NAME, json.dumps(kept), durable=False)
     except OSError as error:  # a full disk must not end a peer that works
         log.warning("peers met are not remembered: %s", error)
 

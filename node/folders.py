@@ -24,16 +24,22 @@ def beside_folder(state_folder: Path, stage: int) -> Path:
     return state_folder / f"{BESIDE}{stage}"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file anew: whoever reads it meanwhile, or after a power cut, finds all of the old text or of the new.
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Writes a file anew: whoever reads it meanwhile, or after a crash, finds all of the old text or all of the new.
+
+    Args:
+        path: the file; its folder exists.
+        text: what is in it afterwards.
+        durable: after a power cut too. It may take a disk's time, so not on an event loop that others wait for.
 
     Raises OSError.
     """
     part = path.with_name(f".{path.name}.part")
     with part.open("w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     part.replace(path)
 
 

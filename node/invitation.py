@@ -28,7 +28,7 @@ def of_swarm(ticket: Ticket, snapshot: DirectorySnapshot, me: str) -> str:
 
 def write(folder: Path, text: str) -> None:
     """In place of the one before. Raises OSError."""
-    replace_text(folder / FILE_NAME, text + "\n")
+    replace_text(folder / FILE_NAME, text + "\n", durable=False)
 
 
 def keep_fresh(folder: Path, text: str) -> None:

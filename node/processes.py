@@ -38,7 +38,7 @@ def become_subreaper() -> bool:
 class BoundedLog:
     """A log file that children append to directly, so that nothing is lost with whoever would copy it.
 
-    Kept within twice `limit_bytes`: what is beyond it moves to `<name>.1`, which is overwritten.
+    Kept within twice `limit_bytes` whenever it is trimmed: what is beyond it moves to `<name>.1`, which is overwritten.
     """
 
     def __init__(self, path: Path, limit_bytes: int = 4 << 20) -> None:

@@ -7,6 +7,13 @@ from collections.abc import Awaitable
 from typing import Any
 
 
+async def cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Ends tasks whose results nobody needs, and waits until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def until_first_ends(*work: Awaitable[Any]) -> list[Exception]:
     """Runs all until one returns or raises, cancels the rest and waits for them. Returns what was raised, if anything.
 
@@ -17,8 +24,6 @@ async def until_first_ends(*work: Awaitable[Any]) -> list[Exception]:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled(*tasks)
     errors = [task.exception() for task in tasks if task in done]
     return [error for error in errors if isinstance(error, Exception)]

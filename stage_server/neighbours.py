@@ -11,10 +11,11 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 from resbm_pb import stage_pb2
 
+from stage_server.concurrency import cancelled
 from stage_server.errors import FrameError, LinkLost, ProtocolViolation, RewindNeeded, StateLost
 from stage_server.ids import MicrobatchId, MicrobatchKind
 from stage_server.ledger import StageLedger
@@ -101,7 +102,7 @@ class Neighbours:
                 for peer in self._hops.keys() - tasks.keys():
                     tasks[peer] = asyncio.create_task(self._keep(peer))
                 for peer in tasks.keys() - self._hops.keys():
-                    await _cancelled(tasks.pop(peer))
+                    await cancelled(tasks.pop(peer))
                     self._services.forget(peer)
                     self._leave(peer)
                 self._leave_silent()
@@ -110,11 +111,11 @@ class Neighbours:
                     timeout = _WATCH.total_seconds() if self._ledger.shared else None
                     await asyncio.wait({woken, *tasks.values()}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    await _cancelled(woken)
+                    await cancelled(woken)
                 for task in [task for task in tasks.values() if task.done()]:
                     task.result()
         finally:
-            await _cancelled(*tasks.values())
+            await cancelled(*tasks.values())
 
     async def _keep(self, peer: str) -> None:
         pause = REDIAL_FIRST
@@ -316,10 +317,3 @@ class _LinkEnd:
 
     def count_received(self, num_bytes: int) -> None:
         self._host.totals.received_bytes[self.side] += num_bytes
-
-
-async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
-    """Ends tasks whose results nobody needs."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

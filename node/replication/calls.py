@@ -90,7 +90,10 @@ class ReplicaHost(Protocol):
     stage: int
 
     def hear(self, word: ReplicaWord, proposed: Round | None) -> ReplicaWord:
-        """Another replica's word, and its proposal if it makes one; returns this replica's word."""
+        """Another replica's word, and its proposal if it makes one; returns this replica's word.
+
+        Raises LinkLost: this replica has left.
+        """
 
     async def prepare_state(self) -> Prepared:
         """Puts the committed state on disk. Raises StageError where it cannot."""

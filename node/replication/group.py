@@ -41,6 +41,7 @@ from node.replication.sums import Averaging, Sums
 from node.replication.takeover import Missed, OnProgress, StateOffer, Takeover
 from node.tasks import Background
 from stage_server.checkpoint import CheckpointStore
+from stage_server.concurrency import cancelled
 from stage_server.errors import CheckpointInvalid, LinkLost, StageError
 from stage_server.peer import StagePeer
 from stage_server.replica_trainer import ReplicaTrainer
@@ -451,7 +452,7 @@ class ReplicaGroup:
                     raise LinkLost("it is out of sight")
             return asking.result()
         finally:
-            asking.cancel()
+            await cancelled(asking)
             await line.close()
 
     def _other_donors(self, peer: str) -> list[str]:

@@ -157,7 +157,7 @@ def test_a_faulty_member_voids_the_round(run: Run[Any], four: list[ReplicaAverag
     faults = {
         "averages nothing": {Reason.NOT_VERIFIED},
         "leaves itself out": {Reason.NOT_VERIFIED},
-        "breaks its codec": {Reason.MEMBER_LOST},
+        "breaks its codec": {Reason.MEMBER_LOST, Reason.EXCHANGE_FAILED},
         "never answers": {Reason.MEMBER_LOST, Reason.TIMED_OUT},
         "dies": {Reason.MEMBER_LOST, Reason.PROCESS_LOST},
         "dies late": {Reason.MEMBER_LOST, Reason.PROCESS_LOST},  # nobody waits for values of it any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -347,6 +349,34 @@ def test_stop_ends_open_links(tmp_path: Path) -> None:
         await stream.close()
 
     run(tmp_path, scenario)
+
+
+def test_a_closed_stream_that_somebody_still_knows_keeps_no_socket(tmp_path: Path) -> None:
+    """gRPC keeps the connection while a call object lives, closed or not; a traceback is enough to keep one."""
+
+    def connections() -> int:
+        return len(psutil.Process().net_connections("tcp"))
+
+    async def scenario(server: StageServer, endpoint: str, channel: Any) -> None:
+        await still_answers(endpoint)
+        before = connections()
+        kept = [await GrpcDialer(1 << 20).dial(endpoint) for _ in range(3)]
+        for stream in kept:
+            await stream.send(status(1))
+            await stream.receive()
+        assert connections() > before
+        for stream in kept:
+            await stream.close()
+        while connections() > before:  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(0.01)
+        with pytest.raises(LinkLost, match="closed"):
+            await kept[0].receive()
+
+    gc.disable()  # it would find most of what nobody needs
+    try:
+        run(tmp_path, scenario)
+    finally:
+        gc.enable()
 
 
 async def still_answers(endpoint: str) -> None:

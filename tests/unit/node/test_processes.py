@@ -91,7 +91,7 @@ time.sleep(60)
 
 @linux
 def test_a_child_whose_parent_died_before_it_could_ask_ends_itself() -> None:
-    code = "import os; from coordinator.children import *; be_killed_with_parent(os.getppid() + 1); print('alive')"
+    code = "import os, coordinator.children as c; c.be_killed_with_parent(os.getppid() + 1); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == b""
