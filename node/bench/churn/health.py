@@ -23,6 +23,8 @@ WARM_UP_SECONDS = 120.0
 WARM_UP_SHARE = 1 / 6
 """A peer's first part, whichever is longer: it starts, takes over a state, and its allocators find their size."""
 FEWEST_SAMPLES = 9
+LONG_LIFE = 1 / 2
+"""Of the longest that any peer lived. Under churn most live some minutes, and find their size for all of them."""
 HOUR = 3600.0
 MEGABYTE = 1e6
 
@@ -76,7 +78,9 @@ class Health:
 
     def survivors(self) -> dict[str, list[Sample]]:
         """Of peers that lived long enough for a trend, what was seen after they had warmed up."""
-        settled = {peer: _alike(_settled(samples)) for peer, samples in self.samples.items()}
+        enough = LONG_LIFE * max(map(_seconds, self.samples.values()), default=0.0)
+        long = {peer: samples for peer, samples in self.samples.items() if _seconds(samples) >= enough}
+        settled = {peer: _alike(_settled(samples)) for peer, samples in long.items()}
         return {peer: samples for peer, samples in settled.items() if len(samples) >= FEWEST_SAMPLES}
 
     def memory_slopes(self) -> dict[str, Slope]:
@@ -107,8 +111,12 @@ class Health:
         }
 
 
+def _seconds(samples: Sequence[Sample]) -> float:
+    return samples[-1].at - samples[0].at
+
+
 def _settled(samples: Sequence[Sample]) -> list[Sample]:
-    warm_up = max(WARM_UP_SECONDS, WARM_UP_SHARE * (samples[-1].at - samples[0].at))
+    warm_up = max(WARM_UP_SECONDS, WARM_UP_SHARE * _seconds(samples))
     return [sample for sample in samples if sample.at - samples[0].at >= warm_up]
 
 

@@ -118,6 +118,11 @@ def test_open_files_of_an_averager_that_starts_late_are_no_leak() -> None:
     assert summary["open_files_slope_per_hour"] > 5 * summary["open_files_slope_error_per_hour"]
 
 
+def test_who_lived_much_shorter_than_others_says_nothing_of_trends() -> None:
+    health = Health({"long": peer_samples(growth=0.0), "young": peer_samples(growth=5000.0, minutes=7)})
+    assert health.memory_slopes().keys() == {"long"}
+
+
 def test_who_lived_too_short_says_nothing_of_trends() -> None:
     health = Health({"short": peer_samples(growth=5000.0, minutes=3)})
     assert health.summary() == {
