@@ -85,10 +85,18 @@ class Prometheus:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 answer = json.load(reply)
         except urllib.error.HTTPError as error:
-            raise QueryFailed(f"{parameters['query']}: {json.load(error).get('error', error)}") from None
+            raise QueryFailed(f"{parameters['query']}: {_cause(error)}") from None
         except OSError as error:
             raise QueryFailed(f"{self.url} does not answer: {error}") from None
         if answer["status"] != "success":
             raise QueryFailed(f"{parameters['query']}: {answer.get('error')}")
         result: list[Any] = answer["data"]["result"]
         return result
+
+
+def _cause(error: urllib.error.HTTPError) -> str:
+    """In Prometheus' words; while it starts it has none."""
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, KeyError):
+        return str(error)
