@@ -17,6 +17,11 @@ def now_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def mapped_bytes() -> int:
+    """Resident now of files and of memory shared with others: the system takes such pages away and brings them back."""
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
 def peak_bytes() -> int:
     """The most that was ever resident."""
     if sys.platform == "linux":

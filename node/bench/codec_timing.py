@@ -134,9 +134,10 @@ def memory_use(operation: Callable[[], object], input_bytes: int) -> MemoryUse |
         return None
     resident.give_back_freed()
     forget_peak.write_text("5")
-    before = resident.now_bytes()
+    before, mapped = resident.now_bytes(), resident.mapped_bytes()
     for _ in range(GROWTH_CALLS):
         operation()
     peak = resident.peak_bytes()
+    before += max(0, resident.mapped_bytes() - mapped)  # code that was read from disk meanwhile is held by no call
     resident.give_back_freed()
     return MemoryUse(input_bytes, max(0, peak - before), max(0, resident.now_bytes() - before))
