@@ -31,13 +31,12 @@ import numpy as np
 from coordinator.averaging_child import START_TIMEOUT, Child, Start
 from coordinator.averaging_contribution import Values, Wire
 from coordinator.averaging_failure import AveragingFailed, Reason
-from coordinator.averaging_launch import FreshInterpreter, Launcher
+from coordinator.averaging_launch import END_TIMEOUT, FreshInterpreter, Launcher
 
 __all__ = ["AveragingFailed", "Reason", "ReplicaAveraging", "StageSum", "Wire"]
 
-GRACE = timedelta(seconds=8)
-"""How much later than a round's own end its process may answer, before it is given up: it takes up to
-`averaging_process.END_TIMEOUT_SECONDS` to end a round."""
+GRACE = END_TIMEOUT + timedelta(seconds=3)
+"""How much later than a round's own end its process may answer, before it is given up."""
 SECOND_LOOK = timedelta(seconds=1)
 """And again after that: where the whole machine slept, the time is over before the answer could be read."""
 

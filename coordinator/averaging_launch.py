@@ -15,6 +15,8 @@ from datetime import timedelta
 from typing import Protocol
 
 COMMAND = (sys.executable, "-m", "coordinator.averaging_process")
+END_TIMEOUT = timedelta(seconds=5)
+"""For a given-up round to end in its process; one that cannot end it is of no use and leaves."""
 
 
 @dataclass(frozen=True, slots=True)

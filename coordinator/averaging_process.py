@@ -41,13 +41,11 @@ from coordinator.averaging_contribution import Values, Wire
 from coordinator.averaging_failure import AveragingFailed, Reason
 from coordinator.averaging_group import Member, Sum, SumAverager
 from coordinator.averaging_hivemind import P2P, require_known_hivemind
-from coordinator.averaging_launch import Settings
+from coordinator.averaging_launch import END_TIMEOUT, Settings
 from coordinator.identity import write_key_file
 from coordinator.listening import Listen, multiaddress, with_checked_port
 
 MAX_LINE_BYTES = 1 << 20
-END_TIMEOUT_SECONDS = 5.0
-"""For a given-up round to end; a process that cannot end it is of no use and leaves."""
 
 
 def map_memory(fd: int, num_values: int) -> tuple[Values, Values]:
@@ -87,7 +85,7 @@ class Service:
         if self._round is None:
             return
         self._round.cancel()
-        _, stuck = await asyncio.wait({self._round}, timeout=END_TIMEOUT_SECONDS)
+        _, stuck = await asyncio.wait({self._round}, timeout=END_TIMEOUT.total_seconds())
         if stuck:
             raise RuntimeError("a round does not end")
 
@@ -118,7 +116,7 @@ class Service:
             in_time = work.done()
             if not in_time:
                 work.cancel()
-                await asyncio.wait({work}, timeout=END_TIMEOUT_SECONDS)
+                await asyncio.wait({work}, timeout=END_TIMEOUT.total_seconds())
         if in_time:
             return work.result()
         awaited = sorted(self._averager.awaited.items())

@@ -22,6 +22,7 @@ from node.events import EXIT_DONE, EXIT_REFUSED, EXIT_RESTART, Error, Event, Wor
 from node.pipes import forward_events, reading_stdout
 from node.processes import BoundedLog, describe_exit, kill_tree, start_child, sweep_orphans
 from node.scratch import scratch_folder
+from stage_server.concurrency import cancelled
 
 WORKER_COMMAND = (sys.executable, "-m", "node.worker")
 DRAIN_TIMEOUT = timedelta(seconds=20)
@@ -171,8 +172,7 @@ class Keeper:
                         listening.result()
                     return child.pid, code
                 finally:
-                    listening.cancel()
-                    await asyncio.gather(listening, return_exceptions=True)
+                    await cancelled(listening)
         finally:
             self._sweep(child)
             self._household.workers.discard(child.pid)

@@ -30,6 +30,7 @@ from node.reporting import EventReporter
 from node.service_rate import ServiceRate
 from node.swarm_view import SwarmView, contribution
 from node.tcp_links import LinkWatch
+from stage_server.concurrency import cancelled
 from stage_server.peer import StagePeer
 from stage_server.totals import Result
 from stage_server.work import Side
@@ -51,8 +52,7 @@ async def claiming(swarm: Swarm, entry: PeerEntry) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        renewing.cancel()
-        await asyncio.gather(renewing, return_exceptions=True)
+        await cancelled(renewing)
 
 
 async def _renew(swarm: Swarm, entry: PeerEntry) -> None:

@@ -54,7 +54,7 @@ from node.restoring import TakenUp, take_up
 from node.sampling import keep_sampling
 from node.tcp_links import LinkWatch
 from node.version import __version__
-from stage_server.concurrency import until_first_ends
+from stage_server.concurrency import cancelled, until_first_ends
 from stage_server.errors import LinkLost, PortTaken, RewindNeeded
 from stage_server.grpc_links import describe
 from stage_server.links import LinkIdentity
@@ -108,8 +108,7 @@ class StageNode:
         await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
         if not serving.done() and self._peer is None:  # asked to leave before there was anything to drain
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+            await cancelled(serving)
         else:
             await serving
 

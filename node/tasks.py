@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 
-from stage_server.concurrency import until_first_ends
+from stage_server.concurrency import cancelled, until_first_ends
 
 
 async def first_of(*awaitables: Awaitable[Any]) -> None:
@@ -32,9 +32,7 @@ class Background:
 
     async def close(self) -> None:
         """Gives up all that is under way, and waits until it has ended."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(*self._tasks)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -33,15 +33,15 @@ from stage_server.reports import (
     CheckpointReport,
     CompleteReport,
     EvaluationReport,
-    LinkBytes,
     LinkReport,
     Report,
     StepReport,
     mean_loss,
 )
+from stage_server.step_clock import StepClock
 from stage_server.totals import Replays, Result, Totals
 from stage_server.trainer import Direction, StageTrainer
-from stage_server.window import CreditWindow, Pace, PaceMeter
+from stage_server.window import CreditWindow
 from stage_server.wire import GradientMicrobatch, LatentMicrobatch, TokenIds, WireFormat
 from stage_server.work import SOLE, Backward, Checkpoint, Commit, Forward, Outbound, Side, Task
 
@@ -92,7 +92,7 @@ class StagePeer:
         self._draining = False
         self._leave_after: int | None = None  # a step to be committed before this peer leaves
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._clock = _StepClock(self.totals)
+        self._clock = StepClock(self.totals)
         self._sent_at: dict[MicrobatchId, float] = {}
         self._evaluated: int | None = None  # the committed step whose validation loss was reported
         self._reported_complete = False
@@ -459,58 +459,3 @@ class StagePeer:
     def _check_direction(side: Side, expected: Side) -> None:
         if side is not expected:
             raise ProtocolViolation(f"the {side} neighbour sent a frame that only the {expected} one sends")
-
-
-class _StepClock:
-    """Splits wall time into computing and waiting, and cuts it at commits."""
-
-    def __init__(self, totals: Totals) -> None:
-        self._totals = totals
-        self._lap_started = time.monotonic()
-        self._before = (0.0, 0.0, totals.link())
-        self._pace = PaceMeter()
-
-    def computing(self) -> _Span:
-        return _Span(self._totals, "compute_seconds")
-
-    def waiting(self) -> _Span:
-        return _Span(self._totals, "wait_seconds")
-
-    def forwarded(self) -> None:
-        """A training microbatch is computed forward."""
-        self._pace.forwarded()
-
-    def done(self) -> None:
-        """A training microbatch is done."""
-        self._pace.done(time.monotonic())
-
-    def lap(self) -> tuple[timedelta, Pace, timedelta, timedelta, LinkBytes]:
-        """(wall, pace, compute, wait, link traffic) since the lap before."""
-        now, totals, link = time.monotonic(), self._totals, self._totals.link()
-        compute, wait, before = self._before
-        self._before = (totals.compute_seconds, totals.wait_seconds, link)
-        wall = timedelta(seconds=now - self._lap_started)
-        self._lap_started = now
-        pace, self._pace = self._pace.pace, PaceMeter()
-        traffic = LinkBytes(
-            link.dense_bytes - before.dense_bytes,
-            link.wire_bytes_forward - before.wire_bytes_forward,
-            link.wire_bytes_backward - before.wire_bytes_backward,
-        )
-        seconds = timedelta(seconds=totals.compute_seconds - compute), timedelta(seconds=totals.wait_seconds - wait)
-        return wall, pace, *seconds, traffic
-
-
-class _Span:
-    """Adds the time between enter and exit to one counter."""
-
-    def __init__(self, totals: Totals, counter: str) -> None:
-        self._totals = totals
-        self._counter = counter
-
-    def __enter__(self) -> None:
-        self._started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        elapsed = time.monotonic() - self._started
-        setattr(self._totals, self._counter, getattr(self._totals, self._counter) + elapsed)

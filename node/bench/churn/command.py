@@ -26,6 +26,7 @@ from node.bench.churn.health import Health, keep_sampling
 from node.bench.churn.journal import Counted, Journal, count_microbatches, percentile
 from node.bench.churn.schedule import Blow, ChurnPlan, choose_victim
 from node.bench.common import JsonLines, OutFile, Quick, Report, Table, watching
+from stage_server.concurrency import cancelled
 
 if TYPE_CHECKING:
     from node.bench.churn.swarm import ChurnSwarm
@@ -196,8 +197,7 @@ class _Findings:
             await self._strike(swarm)
             self._marks["end"] = time.monotonic()
         finally:
-            sampling.cancel()
-            await asyncio.gather(sampling, return_exceptions=True)
+            await cancelled(sampling)
             await swarm.close()
         left_behind = _descendants() - not_ours
         end = time.monotonic() + LEFT_ALONE_WITHIN
@@ -242,9 +242,7 @@ class _Findings:
                 await swarm.join(late=True)
             done = (plan.quiet_seconds + number * plan.every_seconds) / total
             await self._pass(plan.every_seconds, f"blow {number + 1} of {plan.num_blows}: {blow}", done)
-        for sleeper in sleepers:
-            sleeper.cancel()
-        await asyncio.gather(*sleepers, return_exceptions=True)
+        await cancelled(*sleepers)
 
     async def _wake(self, swarm: ChurnSwarm, name: str) -> None:
         """It goes on, finds back, and leaves in good order later: the peer that joined at the blow has its place."""

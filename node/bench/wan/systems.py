@@ -23,6 +23,7 @@ from node.pipes import forward_events, reading_stdout
 from node.processes import BoundedLog, describe_exit, kill_tree, start_child
 from node.progress import StageTotals, StepAggregator
 from node.tasks import first_of
+from stage_server.concurrency import cancelled
 
 if TYPE_CHECKING:
     from node.config import RunConfig
@@ -107,8 +108,7 @@ async def _swarm(config: RunConfig, lab: NamespaceLab) -> AsyncIterator[Running]
             await _first_step(running, "the swarm")
             yield running
         finally:
-            training.cancel()
-            await asyncio.gather(training, return_exceptions=True)
+            await cancelled(training)
             await demo.stop_children()
 
 
@@ -147,8 +147,7 @@ async def _torch(config: RunConfig, lab: NamespaceLab) -> AsyncIterator[Running]
             await _first_step(running, "torch's pipeline")
             yield running
         finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            await cancelled(working)
 
 
 class _TorchPipeline:
