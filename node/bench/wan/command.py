@@ -8,6 +8,7 @@ and whole steps are measured. Needs root.
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,9 +17,17 @@ from node.bench.common import JsonLines, OutFile, Quick, Report, watching
 from node.bench.wan import plan
 
 PRESET = "demo"
-BATCH = 1
-MICROBATCHES = 32
-"""Of one sequence each: as many as make a step worth its flush."""
+BATCH = 8
+MICROBATCHES = 8
+"""Of 2048 tokens at the preset's length. Small ones cost more to handle than to send; and in steps of many, filling and
+draining the pipeline hides behind other stages' work where stages share cores."""
+
+
+class Precision(StrEnum):
+    """As `compute.precision` of a run."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
 
 
 def wan(
@@ -36,6 +45,9 @@ def wan(
     microbatches: Annotated[int, typer.Option(min=2, help="Microbatches in a step.")] = MICROBATCHES,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a microbatch.")] = BATCH,
     stages: Annotated[int | None, typer.Option(min=2, help="Stages.", show_default="the preset's")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What all three compute in.", show_default="the preset's")
+    ] = None,
     quick: Quick = False,
     json_lines: JsonLines = False,
     out: OutFile = None,
@@ -58,6 +70,7 @@ def wan(
     values = preset_named(preset).model_dump()
     values["plan"] |= {"microbatches_per_step": microbatches, "batch": batch}
     values["stages"] = stages or values["stages"]
+    values["compute"]["precision"] = precision or values["compute"]["precision"]
     flush_at = plan.flush_point(rates, round_trips)
     task = Task(
         config=validated(values, "command line"),

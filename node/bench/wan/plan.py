@@ -174,6 +174,9 @@ def flush_point(rates_mbit: Sequence[float | None], round_trips_ms: Sequence[flo
 
 
 def flush_plans(microbatches: int, *, quick: bool) -> Iterator[int]:
-    """Microbatches per step at which the flush between steps is measured, beside the sweep's own."""
+    """Microbatches per step at which the flush between steps is measured, beside the sweep's own.
+
+    Half, twice, four times as many. Of the longest steps the pace inside is told, which short ones hardly have.
+    """
     if not quick:
-        yield from (count for count in (8, 16, 32, 64) if count != microbatches)
+        yield from (max(2, microbatches // 2), 2 * microbatches, 4 * microbatches)

@@ -31,7 +31,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "shaped_over_unshaped": pair_ratio(findings),
         "ours_over_dense": _ratio(ours, dense),
         "ours_over_torch": _ratio(ours, torch),
-        "latency_100ms_ratio": _inside(pair),
+        "latency_100ms_ratio": _inside_steps(findings),
         "core_per_100_mbit": cost_of_bytes(findings),
         "latency_100ms_step_ratio": _ratio(pair[1], pair[0]) if pair else None,
     }
@@ -54,9 +54,22 @@ def _ratio(over: Measurement | None, under: Measurement | None) -> float | None:
     return over.tokens_per_second / under.tokens_per_second if over and under else None
 
 
-def _inside(pair: tuple[Measurement, Measurement] | None) -> float | None:
+def _inside_steps(findings: Findings) -> float | None:
+    """Pace inside the longest steps measured, at 100 ms / without delay; None where none has an inside."""
+    ratios = (_inside(pair) for pair in reversed(_pairs_by_length(findings)))
+    return next((ratio for ratio in ratios if ratio is not None), None)
+
+
+def _pairs_by_length(findings: Findings) -> list[tuple[Measurement, Measurement]]:
+    """Without delay and at 100 ms, for each number of microbatches per step, from few to many."""
+    own = _latency_pair(findings)
+    whole = [pair for pair in findings.flushes if not any(m.estimated for m in pair)]
+    return sorted([*whole, *([own] if own else [])], key=lambda pair: pair[0].microbatches_per_step)
+
+
+def _inside(pair: tuple[Measurement, Measurement]) -> float | None:
     """Pace inside steps at 100 ms / without delay; None where one of them is never between fill and drain."""
-    near, far = (m.steady_tokens_per_second for m in pair) if pair else (None, None)
+    near, far = (m.steady_tokens_per_second for m in pair)
     return far / near if near and far else None
 
 
@@ -195,7 +208,7 @@ def _equivalent(findings: Findings, config: RunConfig) -> Table:
     title = (
         f"the equivalent of the paper's setting: {'' if rate is None else Point(rate).rate_text}, where the dense "
         f"pipeline should keep {PAPER_DENSE_RATIO:.3f} of its speed (H = {model.hidden_size}, {config.stages} stages, "
-        f"{plan.microbatches_per_step} microbatches of {plan.batch * plan.tokens} tokens)"
+        f"{plan.microbatches_per_step} microbatches of {plan.batch * plan.tokens} tokens, {config.compute.precision})"
     )
     columns = [
         "system",
@@ -209,11 +222,9 @@ def _equivalent(findings: Findings, config: RunConfig) -> Table:
 
 
 def _latency(findings: Findings) -> Table:
-    pairs: list[tuple[Measurement, Measurement]] = list(findings.flushes)
-    if (own := _latency_pair(findings)) is not None:
-        pairs.append(own)
+    pairs = _pairs_by_length(findings)
     rows = []
-    for near, far in sorted(pairs, key=lambda pair: pair[0].microbatches_per_step):
+    for near, far in pairs:
         inside, whole = _inside((near, far)), far.tokens_per_second / near.tokens_per_second
         extra = far.step_seconds - near.step_seconds
         rows.append(

@@ -27,6 +27,7 @@ from stage_server.config import Frozen
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 from stage_server.module import StageModule, next_token_loss
 from stage_server.optimizer import StageOptimizer
+from stage_server.trainer import autocast
 
 BF16_BYTES = 2
 
@@ -47,14 +48,16 @@ class WireStage(nn.Module):
     def __init__(self, config: RunConfig, stage: int) -> None:
         super().__init__()
         self.stage = StageModule(config, stage)
+        self._config = config
 
     def forward(self, received: Tensor) -> Tensor:
         """Token ids [B, T] on the first stage, else bf16 [B, T, D]; gives bf16 [B, T, D], on the last one logits."""
-        if self.stage.is_first:
-            sent_BTD = self.stage(received, None)
-        else:  # no bottleneck, no anchor: of the ids only the shape matters
-            ids_BT = torch.zeros(received.shape[:2], dtype=torch.int64)
-            sent_BTD = self.stage(ids_BT, received.float())
+        with autocast(self._config, received.device):
+            if self.stage.is_first:
+                sent_BTD = self.stage(received, None)
+            else:  # no bottleneck, no anchor: of the ids only the shape matters
+                ids_BT = torch.zeros(received.shape[:2], dtype=torch.int64)
+                sent_BTD = self.stage(ids_BT, received.float())
         output: Tensor = sent_BTD if self.stage.is_last else sent_BTD.bfloat16()
         return output
 

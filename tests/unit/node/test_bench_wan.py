@@ -83,8 +83,8 @@ def test_dense_runs_first_since_it_decides_on_the_equivalent_bandwidth() -> None
 
 
 def test_the_flush_is_measured_at_four_sizes_and_not_in_a_quick_run() -> None:
-    assert sorted([*plan.flush_plans(32, quick=False), 32]) == [8, 16, 32, 64]
-    assert not list(plan.flush_plans(32, quick=True))
+    assert sorted([*plan.flush_plans(8, quick=False), 8]) == [4, 8, 16, 32]
+    assert not list(plan.flush_plans(8, quick=True))
 
 
 def test_systems_differ_in_what_crosses_and_in_nothing_else() -> None:
