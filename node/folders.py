@@ -28,12 +28,13 @@ def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Writes a file anew: whoever reads it meanwhile, or after a crash, finds all of the old text or all of the new.
 
     Args:
-        path: the file; its folder exists.
+        path: the file, or a link to where it is or shall be (which stays); its folder exists.
         text: what is in it afterwards.
         durable: after a power cut too. It may take a disk's time, so not on an event loop that others wait for.
 
     Raises OSError.
     """
+    path = path.resolve()
     part = path.with_name(f".{path.name}.part")
     with part.open("w") as file:
         file.write(text)

@@ -138,7 +138,7 @@ class WorkerMetrics:
         self._codec_error = self._gauge("codec_error_ratio", text, "direction")
 
     def _build_links(self) -> None:
-        self._link_up = self._gauge("link_up", "1 while the link to that neighbour is open.", "side")
+        self._link_up = self._gauge("link_up", "1 while any link on that side is open.", "side")
         self._links_lost = self._counter("links_lost", "Links that ended.", "side")
         text = "Smoothed TCP round trip to that neighbour, queues on the way included."
         self._round_trip = self._gauge("link_round_trip_seconds", text, "side")
@@ -199,10 +199,8 @@ class WorkerMetrics:
             case Checkpoint():
                 self._checkpoint.observe(event.seconds)
                 self._checkpoint_size.set(event.size_bytes)
-            case Link():
-                self._link_up.labels(event.side).set(event.state == "open")
-                if event.state == "lost":
-                    self._links_lost.labels(event.side).inc()
+            case Link(state="lost"):
+                self._links_lost.labels(event.side).inc()
             case Complete():
                 self.set_state("complete")
             case _:
@@ -248,6 +246,11 @@ class WorkerMetrics:
     def set_free_bytes(self, free_bytes: int) -> None:
         """Of the disk that checkpoints go to."""
         self._free.set(free_bytes)
+
+    def set_links_open(self, links_open: Mapping[Side, bool]) -> None:
+        """Whether there is any link on each side: of several, the loss of one is no loss of the side."""
+        for side in self.info.sides:
+            self._link_up.labels(side.value).set(links_open[side])
 
     def set_links(self, qualities: Mapping[Side, LinkQuality]) -> None:
         """What the kernel knows of the links that are there; of the others nothing is known."""

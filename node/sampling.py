@@ -33,6 +33,7 @@ def sample(peer: StagePeer, links: LinkWatch, metrics: WorkerMetrics, state_fold
     metrics.follow(peer.totals)
     metrics.set_codec_errors(peer.codec_errors)
     metrics.set_load(Load(ledger.queue_depth, ledger.in_flight, ledger.window if ledger.is_first else None))
+    metrics.set_links_open(peer.neighbours.links_open)
     metrics.set_links(links.look(next(iter(peer.neighbours.next_hops.values()), None)))
     with contextlib.suppress(OSError):  # a disk that fails is the checkpoint's to report
         metrics.set_free_bytes(shutil.disk_usage(state_folder).free)

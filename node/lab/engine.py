@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,10 @@ from node.processes import describe_exit
 Say = Callable[[str], None]
 
 _START_SECONDS = 60.0
+_RULES = (("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore"))
+_OF_DOCKER = re.compile(r"\bDOCKER\b|\bdocker0\b|\bbr-[0-9a-f]{12}\b")
+_FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding"))
+_BRIDGE = "docker0"
 _NEWER_DEBIAN = (
     "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
 )
@@ -59,7 +64,7 @@ def engine(say: Say) -> Iterator[None]:
     if os.geteuid() != 0:
         raise EngineUnavailable(f"no container engine answers ({answer}), and only root could start one")
     _install_engine(say)
-    with _running_engine(say):
+    with network_as_before(), _running_engine(say):
         yield
 
 
@@ -83,6 +88,46 @@ def _install_engine(say: Say) -> None:
     run_logged(
         ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "docker.io", "iptables"], "install docker.io"
     )
+
+
+@contextlib.contextmanager
+def network_as_before() -> Iterator[None]:
+    """What dockerd does to the machine's network and leaves behind is undone: its rules, forwarding, its bridge."""
+    rules_before = {save: output_of([save]) or "" for save, _ in _RULES}
+    forwarding = [(path, path.read_text()) for path in _FORWARDING if path.exists()]
+    had_bridge = _has_bridge()
+    try:
+        yield
+    finally:
+        for save, restore in _RULES:
+            if (rules := output_of([save])) is not None:
+                wanted = without_docker(rules, rules_before[save])
+                subprocess.run([restore], input=wanted, text=True, capture_output=True, check=False)
+        for path, text in forwarding:
+            with contextlib.suppress(OSError):
+                path.write_text(text)
+        if not had_bridge and _has_bridge():
+            output_of(["ip", "link", "del", _BRIDGE])
+
+
+def without_docker(rules: str, before: str) -> str:
+    """Rules, as iptables-save prints them, without Docker's chains and all that names them or its bridges.
+
+    FORWARD has the policy of `before`, which Docker changes; ACCEPT, the kernel's own, where `before` names none. What
+    others have added since stays.
+    """
+    policy = next((line.split()[1] for line in before.splitlines() if line.startswith(":FORWARD ")), "ACCEPT")
+    table, kept = "", []
+    for line in rules.splitlines():
+        table = line[1:] if line.startswith("*") else table
+        if _OF_DOCKER.search(line):
+            continue
+        kept.append(f":FORWARD {policy} [0:0]" if table == "filter" and line.startswith(":FORWARD ") else line)
+    return "\n".join([*kept, ""])
+
+
+def _has_bridge() -> bool:
+    return Path("/sys/class/net", _BRIDGE).exists()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ lost.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -110,6 +111,8 @@ class Shaper:
         self._delay_by = delay_by
         self._delayer: subprocess.Popen[str] | None = None
         self._queue: int | None = None
+        self._touched = False  # from then on the interface's queues, our chain and the ifb device are ours
+        self._batches_before: int | None = None  # segments in a batch, where we have changed it
         self.shape = UNSHAPED
 
     @property
@@ -128,29 +131,32 @@ class Shaper:
         """Gives the interface this shape. On an error the caller clears.
 
         Raises:
-            ConfigInvalid: there is no such interface.
+            ConfigInvalid: there is no such interface, or somebody else has given it queues.
             PrivilegeMissing, ToolMissing, KernelLacks, LabFailed: as node.lab.tools says.
         """
         self._require_interface()
+        if not self._touched:
+            self._require_no_other_queues()
+        self._touched = True
         self._choose_delay(shape)
-        by_netem = self._delay_by == "netem" and bool(shape.delay_ms or shape.loss)
+        by_netem = self._is_by_netem(shape)
         self._limit_leaving(shape)
         self._limit_entering(shape, by_netem=by_netem)
         self._filter_entering(LinkShape() if by_netem else shape)
-        self._batch(_MAX_BATCH_SEGMENTS if not shape.loss else 1)
+        self._batch(whole=not shape.loss)
         self.shape = shape
 
     def clear(self) -> None:
-        """Removes all that `apply` made. What is gone already is no error."""
-        for command in (
-            f"tc qdisc del dev {self.interface} root",
-            f"tc qdisc del dev {self.interface} ingress",
-            f"ip link del {ifb_of(self.interface)}",
-        ):
-            self._tools.accepts(command)
+        """Removes all that `apply` made, and nothing else. What is gone already is no error."""
+        if not self._touched:
+            return
+        if self._has_interface() and self._has_htb(self.interface):
+            self._tools.accepts(f"tc qdisc del dev {self.interface} root")
+        self._remove_redirect()
         self._remove_chain()
         self._replace_delayer(None, None)
-        self._batch(_MAX_BATCH_SEGMENTS)
+        self._batch(whole=True)
+        self._touched = False
         self.shape = UNSHAPED
 
     def stop(self) -> None:
@@ -161,16 +167,33 @@ class Shaper:
             self._delayer = None
 
     def is_in_force(self) -> bool:
-        """False when a delayer is needed and has died: packets then pass undelayed."""
-        return self._delayer is None or self._delayer.poll() is None
+        """False when a delayer is needed and has died, or the queues are gone, as of an interface that came back."""
+        if self._delayer is not None and self._delayer.poll() is not None:
+            return False
+        is_limited, is_led = self.shape.rate_mbit is not None, self._is_led(self.shape)
+        return (not is_limited or self._has_htb(self.interface)) and (not is_led or self._has_redirect())
 
     def _require_interface(self) -> None:
-        if not self._tools.accepts(f"ip link show dev {self.interface}"):
+        if not self._has_interface():
             listed = self._tools.run("ip -brief link show")  # also tells a missing privilege from a missing interface
             names = ", ".join(line.split()[0].partition("@")[0] for line in listed.splitlines())
             raise ConfigInvalid(
                 f"there is no network interface {self.interface!r}; there are: {names}",
                 remedy="name one of those that are there",
+            )
+
+    def _has_interface(self) -> bool:
+        return self._tools.accepts(f"ip link show dev {self.interface}")
+
+    def _require_no_other_queues(self) -> None:
+        """The system's default queues have no handle. Ours, which a killed shaper may have left, come with our ifb."""
+        shown = self._tools.run(f"tc qdisc show dev {self.interface}").splitlines()
+        queues = [line.split()[1:3] for line in shown]  # kind, handle
+        others = [" ".join(queue) for queue in queues if queue[1] != "0:"]
+        if others and not self._has_ifb():
+            raise ConfigInvalid(
+                f"{self.interface} has queues that are not ours: {', '.join(others)}",
+                remedy=f"name another interface, or remove them: tc qdisc del dev {self.interface} root (or ingress)",
             )
 
     def _choose_delay(self, shape: LinkShape) -> None:
@@ -181,6 +204,13 @@ class Shaper:
                 self._tools.run("tc qdisc del dev lo root")
             self._delay_by = "netem" if accepted else "nfqueue"
 
+    def _is_by_netem(self, shape: LinkShape) -> bool:
+        return self._delay_by == "netem" and bool(shape.delay_ms or shape.loss)
+
+    def _is_led(self, shape: LinkShape) -> bool:
+        """Whether what enters has to go through the ifb device."""
+        return shape.rate_mbit is not None or self._is_by_netem(shape)
+
     def _limit_leaving(self, shape: LinkShape) -> None:
         present = self._has_htb(self.interface)
         if shape.rate_mbit is not None:
@@ -190,12 +220,11 @@ class Shaper:
 
     def _limit_entering(self, shape: LinkShape, *, by_netem: bool) -> None:
         ifb = ifb_of(self.interface)
-        present = self._tools.accepts(f"ip link show dev {ifb}")
-        if shape.rate_mbit is None and not by_netem:
-            if present:
-                self._run_all(iter([f"tc qdisc del dev {self.interface} ingress", f"ip link del {ifb}"]))
+        if not self._is_led(shape):
+            self._remove_redirect()
             return
-        if not present:
+        if not self._has_redirect():
+            self._remove_redirect()  # half of it may be there
             self._run_all(redirect_commands(self.interface))
         rate_mbit = shape.rate_mbit or _LINE_RATE_MBIT
         leaf = netem(shape) if by_netem else fifo(rate_mbit)
@@ -247,11 +276,11 @@ class Shaper:
             preexec_fn=lambda: be_killed_with_parent(owner, signal.SIGKILL),  # noqa: PLW1509 - one prctl, nothing else
         )
         assert process.stdout is not None  # for the type checker: it was asked for
-        select.select([process.stdout], [], [], _START_SECONDS)
-        if process.poll() is None and process.stdout.readline().strip() == "ready":
+        spoke = bool(select.select([process.stdout], [], [], _START_SECONDS)[0])
+        if spoke and process.poll() is None and process.stdout.readline().strip() == "ready":
             return process
         process.kill()
-        said = " ".join(process.communicate()[1].split())
+        said = " ".join(process.communicate()[1].split()) or f"silent for {_START_SECONDS:.0f} s"
         if "not permitted" in said:
             raise PrivilegeMissing(said, remedy="run it as root; in a container, add the capability NET_ADMIN")
         raise KernelLacks(f"no netem, and the delayer could not start: {said}")
@@ -261,9 +290,26 @@ class Shaper:
         if old is not None:
             _end(old)
 
-    def _batch(self, segments: int) -> None:
+    def _batch(self, *, whole: bool) -> None:
         """Batches of segments (GSO) that leave here would be lost whole by whoever loses packets: with loss, none."""
-        self._tools.accepts(f"ip link set dev {self.interface} gso_max_segs {segments}")
+        if whole and self._batches_before is not None:
+            self._tools.accepts(f"ip link set dev {self.interface} gso_max_segs {self._batches_before}")
+            self._batches_before = None
+        elif not whole and self._batches_before is None:
+            shown = json.loads(self._tools.run(f"ip -json -details link show dev {self.interface}"))
+            self._batches_before = shown[0].get("gso_max_segs", _MAX_BATCH_SEGMENTS)
+            self._tools.accepts(f"ip link set dev {self.interface} gso_max_segs 1")
+
+    def _has_redirect(self) -> bool:
+        """Whether what enters goes through the ifb device."""
+        return "qdisc ingress ffff:" in self._tools.run(f"tc qdisc show dev {self.interface}") and self._has_ifb()
+
+    def _has_ifb(self) -> bool:
+        return self._tools.accepts(f"ip link show dev {ifb_of(self.interface)}")
+
+    def _remove_redirect(self) -> None:
+        self._tools.accepts(f"tc qdisc del dev {self.interface} ingress")
+        self._tools.accepts(f"ip link del {ifb_of(self.interface)}")
 
     def _has_htb(self, device: str) -> bool:
         return "qdisc htb 1: root" in self._tools.run(f"tc qdisc show dev {device}")

@@ -55,6 +55,11 @@ def port_of(service: str) -> int:
 
 def require_free_ports(services: list[str]) -> None:
     """Raises PortTaken, ConfigInvalid: before anything is started."""
+    if len({port_of(service) for service in services}) < len(services):
+        raise ConfigInvalid(
+            f"{' and '.join(services)} are both to be at port {port_of(services[0])}",
+            remedy=f"choose another for one of them: {PORTS[services[0]][0]}=... make lab",
+        )
     for service in services:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,12 +112,15 @@ def ask_prometheus(query: str) -> float | None:
 
 
 def watch(*, until_training: bool) -> None:
-    """Says how far the run is, until it is interrupted; or until two steps are done. Raises LabFailed."""
-    deadline, told = time.monotonic() + _TRAINING_SECONDS, 0.0
+    """Says how far the run is, until it is interrupted; or until two steps are done.
+
+    Raises LabFailed: those were not done. Later the run may stand still, as when somebody tries what happens then.
+    """
+    moved_at, told = time.monotonic(), 0.0
     while True:
         step = ask_prometheus("min(resbm_node_step)") or 0.0
         if step > told:
-            told = step
+            moved_at, told = time.monotonic(), step
             loss, speed = (
                 ask_prometheus("max(resbm_node_loss_nats)"),
                 ask_prometheus("max(rate(resbm_node_tokens_total[1m]))"),
@@ -124,11 +132,11 @@ def watch(*, until_training: bool) -> None:
             )
         if until_training and step >= 2:
             return
-        if told == 0.0 and time.monotonic() > deadline:
-            raise LabFailed(
-                "no step was trained within ten minutes",
-                remedy="read the containers' logs",
-            )
+        if time.monotonic() - moved_at > _TRAINING_SECONDS:
+            if until_training:
+                raise LabFailed("no step was trained for ten minutes", remedy="read the containers' logs")
+            say("no step for ten minutes; the logs or Prometheus may tell why")
+            moved_at = time.monotonic()
         time.sleep(_LOOK_SECONDS)
 
 

@@ -343,3 +343,82 @@ def test_an_unknown_user_or_program_leaves_the_link_as_it_was() -> None:
             assert program.returncode == 2
             assert "error E102" in said
             assert not queues(lab)
+
+
+def test_an_unknown_interface_is_told_in_one_line_with_those_that_there_are() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        assert refused_shape(lab, "--interface", "nosuch0", "--rate-mbit", 20).startswith(
+            "error E102: there is no network interface 'nosuch0'; there are: lo, eth0"
+        )
+
+
+def test_queues_of_somebody_else_are_refused_and_stay() -> None:
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        lab.tools("a").run("tc qdisc add dev eth0 root handle 8001: pfifo limit 7")
+        said = refused_shape(lab, "--rate-mbit", 20)
+        assert said.startswith("error E102: eth0 has queues that are not ours: pfifo 8001:")
+        assert "pfifo 8001: root" in lab.tools("a").run("tc qdisc show dev eth0")
+
+
+def test_without_the_capability_a_link_stays_as_it_is() -> None:
+    bare = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        said = refused_shape(lab, "--rate-mbit", 20, through=bare)
+        assert said.startswith("error E110: ") and "NET_ADMIN" in said
+
+
+@pytest.mark.parametrize(
+    ("tool", "asked", "answer", "link"),
+    [
+        ("ip", "*type ifb*", "Error: Unknown device type.", ("--rate-mbit", 20)),
+        ("tc", "*htb*", "Error: Specified qdisc kind is unknown.", ("--rate-mbit", 20)),
+        ("iptables-restore", "*", "iptables-restore: line 3 failed: No chain/target/match", ("--delay-ms", 5)),
+    ],
+)
+def test_a_kernel_that_lacks_something_is_told_and_nothing_is_left(
+    tool: str, asked: str, answer: str, link: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The tools here are scripts that run the real ones, but answer for what is asked as where the kernel lacks it."""
+    answers = {"tc": ("*netem*", "Error: Specified qdisc kind is unknown."), tool: (asked, answer)}
+    for name, (pattern, said) in answers.items():  # without netem in any case, so that a delay needs iptables
+        script = (
+            f'#!/bin/sh\ncase "$*" in {pattern}) echo "{said}" >&2; exit 2;; esac\nexec {shutil.which(name)} "$@"\n'
+        )
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        path = f"PATH={tmp_path}{os.pathsep}{os.environ['PATH']}"
+        assert refused_shape(lab, *link, through=("env", path)).startswith("error E112: ")
+
+
+def refused_shape(lab: NamespaceLab, *arguments: object, through: tuple[str, ...] = ()) -> str:
+    """What a shape program that is refused says, in two lines; links, queues and packet rules are as before."""
+
+    def present() -> list[str]:
+        tools = lab.tools("a")
+        link = json.loads(tools.run("ip -json link show"))
+        rules = [line for line in tools.run("iptables-save -t mangle").splitlines() if line.startswith("-")]
+        return [*(entry["ifname"] for entry in link), tools.run("tc qdisc show dev eth0"), *rules]
+
+    before = present()
+    argv = lab.command("a", [*through, sys.executable, "-m", "node.lab.shape", *map(str, arguments), "--", "true"])
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    assert present() == before
+    return done.stderr
+
+
+def test_queues_that_are_gone_are_made_again() -> None:
+    """As when an interface leaves and comes back under the same name."""
+    with NamespaceLab(["a"], UNSHAPED) as lab:
+        shaper, tools = Shaper("eth0", lab.tools("a")), lab.tools("a")
+        shaper.apply(LinkShape(rate_mbit=20))
+        for command in ("tc qdisc del dev eth0 root", "tc qdisc del dev eth0 ingress"):
+            assert shaper.is_in_force()
+            tools.run(command)
+            assert not shaper.is_in_force()
+            shaper.apply(LinkShape(rate_mbit=20))
+        assert "rate 20Mbit" in queues(lab) and shaper.is_in_force()
+        shaper.clear()
+        assert not queues(lab) and "ifb-eth0" not in tools.run("ip link show")

@@ -143,7 +143,8 @@ BOARD = Board(
                     [
                         Query(f"run:resbm_node_bottleneck_microbatches_per_second:min{_RUN}", "{{run}}: bottleneck"),
                         Query(
-                            'min by (run) (instance:resbm_node_microbatches:rate1m{run_id=~"$run", result="trained"})',
+                            "min by (run) (sum by (run, stage) "
+                            '(instance:resbm_node_microbatches:rate1m{run_id=~"$run", result="trained"}))',
                             "{{run}}: trained",
                         ),
                     ],

@@ -7,7 +7,6 @@ and whole steps are measured. Needs root.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
 
@@ -60,10 +59,6 @@ def wan(
     rates = plan.rates_of(bandwidth or (plan.QUICK_BANDWIDTHS if quick else plan.BANDWIDTHS))
     round_trips = plan.require_round_trips(round_trip or (plan.QUICK_ROUND_TRIPS_MS if quick else plan.ROUND_TRIPS_MS))
     losses = plan.losses_of(loss or ((0.0, 1.0) if not quick else (0.0,)))
-    from node.lab.tools import require_root
-
-    require_root()
-    from node.bench.wan.run import Task, run
     from node.config import preset as preset_named
     from node.config import validated
 
@@ -71,9 +66,15 @@ def wan(
     values["plan"] |= {"microbatches_per_step": microbatches, "batch": batch}
     values["stages"] = stages or values["stages"]
     values["compute"]["precision"] = precision or values["compute"]["precision"]
+    config = validated(values, "command line")
+    from node.lab.tools import require_root
+
+    require_root()
+    from node.bench.wan.run import Task, run
+
     flush_at = plan.flush_point(rates, round_trips)
     task = Task(
-        config=validated(values, "command line"),
+        config=config,
         systems=systems,
         sweep=plan.sweep(rates, round_trips, losses),
         effort=plan.QUICK if quick else plan.FULL,
@@ -85,5 +86,5 @@ def wan(
         findings = run(task, watcher)
         from node.bench.wan.tables import summary_of, tables_of
 
-        measurements = {"run": task.config.model_dump(mode="json"), "run_id": task.config.run_id, **asdict(findings)}
+        measurements = {"run": task.config.model_dump(mode="json"), "run_id": task.config.run_id, **findings.told()}
         report.finish(measurements, tables_of(findings, task.config), summary_of(findings))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from node.bench.wan.plan import Point, System
 from node.lab.shapes import InterfaceCounters
@@ -98,6 +99,21 @@ class Measurement:
     def interface_bytes(self) -> int:
         """What all peers sent, by the interface counters: with TCP, IP, Ethernet, acknowledgements, the directory."""
         return sum(stage.tx_bytes for stage in self.stages)
+
+
+def told(measured: Measurement) -> dict[str, Any]:
+    """For the result file: what was measured and what follows from it. None where an estimate cannot tell."""
+    whole = not measured.estimated
+    return {
+        **asdict(measured),
+        "tokens_per_second": measured.tokens_per_second,
+        "steady_tokens_per_second": measured.steady_tokens_per_second,
+        "step_seconds": measured.step_seconds if whole else None,
+        "efficiency": measured.efficiency if whole else None,
+        "utilisation": measured.utilisation,
+        "counted_bytes": measured.counted_bytes if whole else None,
+        "interface_bytes": measured.interface_bytes,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from node.bench.common import Watcher
 from node.bench.wan.limits import is_equivalent, next_rate
-from node.bench.wan.measurement import Measurement, TransportCost
+from node.bench.wan.measurement import Measurement, TransportCost, told
 from node.bench.wan.plan import CALM, Effort, Point, Sweep, System
 from node.bench.wan.systems import lab_names, start
 from node.bench.wan.visit import Visitor
@@ -52,19 +52,34 @@ class Findings:
     transport: list[TransportCost] = field(default_factory=list)
     equivalent_mbit: float | None = None
 
+    def told(self) -> dict[str, Any]:
+        """For the result file."""
+        return {
+            "equivalent_mbit": self.equivalent_mbit,
+            "measurements": [told(m) for m in self.measurements],
+            "pairs": [[told(m) for m in pair] for pair in self.pairs],
+            "flushes": [[told(m) for m in pair] for pair in self.flushes],
+            "transport": [asdict(cost) for cost in self.transport],
+        }
+
     def speed(self, system: System, point: Point) -> Measurement | None:
         """The newest measurement there, with the sweep's own microbatches per step."""
         found = [m for m in self.measurements if m.system is system and m.point == point]
         return found[-1] if found else None
 
     def ratios(self, system: System) -> dict[float, float]:
-        """Share of its unshaped speed that a system keeps, by bandwidth, without delay and loss."""
+        """Share of its unshaped speed that a system keeps, by bandwidth, without delay and loss.
+
+        From whole steps where there are any: bytes alone tell too much, because a link is not full all through a step.
+        """
         calm = self.speed(system, CALM)
-        return {
-            m.point.rate_mbit: m.tokens_per_second / calm.tokens_per_second
+        found = [
+            (m.point.rate_mbit, m.tokens_per_second / calm.tokens_per_second, m.estimated)
             for m in self.measurements
             if calm and m.system is system and m.point.rate_mbit and m.point == Point(m.point.rate_mbit)
-        }
+        ]
+        whole = [entry for entry in found if not entry[2]]
+        return {rate: ratio for rate, ratio, _ in whole or found}
 
 
 def config_of(system: System, config: RunConfig, microbatches: int | None = None) -> RunConfig:
@@ -154,7 +169,7 @@ class _Bench:
             rate = float(f"{next_rate(ratios):.3g}")
             await self._visit(visitor, Point(rate), patience=EQUIVALENT_PATIENCE)
             self.findings.equivalent_mbit = rate
-            if is_equivalent(self.findings.ratios(visitor.system)[rate]):
+            if is_equivalent(self.findings.ratios(visitor.system).get(rate, 0.0)):
                 return
 
     async def _pairs(self, visitor: Visitor, equivalent: Point) -> None:

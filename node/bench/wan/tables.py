@@ -32,7 +32,8 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "ours_over_dense": _ratio(ours, dense),
         "ours_over_torch": _ratio(ours, torch),
         "latency_100ms_ratio": _inside_steps(findings),
-        "core_per_100_mbit": cost_of_bytes(findings),
+        "core_per_100_mbit": next((c.per_100_mbit for c in findings.transport if c.system is System.DENSE), None),
+        "core_per_100_mbit_bytes_alone": cost_of_bytes(findings),
         "latency_100ms_step_ratio": _ratio(pair[1], pair[0]) if pair else None,
     }
 

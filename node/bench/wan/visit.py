@@ -13,6 +13,7 @@ from node.bench.wan.limits import link_limit
 from node.bench.wan.measurement import Cut, Measurement, TransportCost, between, received_per_token
 from node.bench.wan.plan import CALM, Effort, Point, System
 from node.bench.wan.systems import Running, StepEnd, lab_names
+from node.errors import LabFailed
 
 if TYPE_CHECKING:
     from node.config import RunConfig
@@ -82,7 +83,15 @@ class Visitor:
             steps_left -= 1
 
     async def _crawl(self, point: Point) -> Measurement:
-        """From bytes alone. What is still under way from faster links gets time to arrive."""
+        """From bytes alone. What is still under way from faster links gets time to arrive.
+
+        Raises LabFailed: not even the first point could be measured, so nobody knows what a token takes.
+        """
+        if self._bytes_per_token is None:
+            raise LabFailed(
+                f"{self.system} has not done a step in time on links without limits",
+                remedy="leave the machine to the benchmark, or ask for less: --microbatches, --batch, --preset",
+            )
         await asyncio.sleep(self._effort.crawl_seconds / 2)
         before = self._cut_now()
         await asyncio.sleep(self._effort.crawl_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -215,6 +216,33 @@ def test_the_summary_holds_what_is_promised() -> None:
     assert summary["latency_100ms_step_ratio"] == pytest.approx(0.8)
 
 
+def test_the_pace_inside_steps_is_that_of_the_longest_which_have_an_inside() -> None:
+    def of(microbatches: int, steady_seconds: float) -> Measurement:
+        return replace(measured(), microbatches_per_step=microbatches, steady_seconds=steady_seconds)
+
+    found = findings()
+    found.flushes = [(of(16, 1.0), of(16, 2.0)), (of(32, 1.0), of(32, 1.25)), (of(4, 1.0), of(4, 4.0))]
+    assert summary_of(found)["latency_100ms_ratio"] == pytest.approx(0.8)
+    short = replace(of(32, 1.0), steady_microbatches=0)
+    found.flushes[1] = (short, short)
+    assert summary_of(found)["latency_100ms_ratio"] == pytest.approx(0.5)
+
+
+def test_ratios_are_of_whole_steps_where_there_are_any() -> None:
+    """What bytes tell is too much: it sent the search for the equivalent bandwidth astray."""
+    found = findings()
+    assert found.ratios(System.DENSE) == {4.0: pytest.approx(0.08)}
+    found.measurements = [m for m in found.measurements if m.point != Point(4.0)]
+    assert found.ratios(System.DENSE) == {1.0: pytest.approx(0.042, abs=0.001)}
+
+
+def test_the_result_file_has_what_follows_from_what_was_measured() -> None:
+    calm, *_, crawl = [m for m in findings().told()["measurements"] if m["system"] == "dense"]
+    assert calm["tokens_per_second"] == 800 and calm["efficiency"] == 0.5 and calm["counted_bytes"] == 12_000_000
+    assert crawl["estimated"] and crawl["efficiency"] is None and crawl["utilisation"] > 0
+    assert json.loads(json.dumps(findings().told()))["pairs"][0][1]["point"]["rate_mbit"] == 4.0
+
+
 def test_tables_tell_what_was_told_from_bytes() -> None:
     tables = tables_of(findings(), preset("demo"))
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
@@ -226,7 +254,8 @@ def test_tables_tell_what_was_told_from_bytes() -> None:
 
 def test_bytes_cost_what_the_dense_pipeline_takes_more() -> None:
     found = Findings(transport=[TransportCost(System.DENSE, 0.14, 122.0), TransportCost(System.OURS, 0.09, 2.0)])
-    assert summary_of(found)["core_per_100_mbit"] == pytest.approx(0.05 / 1.2)
+    assert summary_of(found)["core_per_100_mbit"] == pytest.approx(0.14 / 1.22)
+    assert summary_of(found)["core_per_100_mbit_bytes_alone"] == pytest.approx(0.05 / 1.2)
     assert tables_of(found, preset("demo"))[-1].rows[-1][-1] == "4.2 %"
 
 

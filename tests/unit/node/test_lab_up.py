@@ -13,6 +13,7 @@ import pytest
 
 from node.errors import ConfigInvalid
 from node.lab import up
+from node.lab.engine import without_docker
 from node.lab.up import port_of
 
 METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -56,6 +57,13 @@ def test_a_port_that_is_taken() -> None:
     assert "RESBM_GRAFANA_PORT=" in remedy
 
 
+def test_one_port_for_both() -> None:
+    port = free_port()
+    cause, remedy = refusal(RESBM_PROMETHEUS_PORT=port, RESBM_GRAFANA_PORT=port)
+    assert cause == f"error E102: prometheus and grafana are both to be at port {port}"
+    assert "RESBM_PROMETHEUS_PORT=" in remedy
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
 def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     monkeypatch.setenv("RESBM_PROMETHEUS_PORT", port)
@@ -72,3 +80,49 @@ def test_no_engine_and_no_way_to_install_one(tmp_path: Path) -> None:
 
 def test_nothing_to_remove_without_an_engine(tmp_path: Path) -> None:
     assert refusal("--down", PATH=str(tmp_path))[0].startswith("error E114: no container engine answers")
+
+
+BEFORE = """\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [7:1]
+:OUTPUT ACCEPT [0:0]
+COMMIT
+"""
+AFTER = """\
+*nat
+:PREROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A POSTROUTING -s 10.78.0.0/24 ! -o br-0123456789ab -j MASQUERADE
+COMMIT
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-USER - [0:0]
+-A INPUT -p tcp --dport 22 -j ACCEPT
+-A FORWARD -j DOCKER-USER
+-A FORWARD -o docker0 -j DOCKER
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+CLEANED = """\
+*nat
+:PREROUTING ACCEPT [0:0]
+COMMIT
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD {policy} [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p tcp --dport 22 -j ACCEPT
+COMMIT
+"""
+
+
+def test_what_docker_did_to_the_packet_filter_is_undone_and_nothing_else() -> None:
+    assert without_docker(AFTER, BEFORE) == CLEANED.format(policy="ACCEPT")
+    assert without_docker(AFTER, "") == CLEANED.format(policy="ACCEPT")
+    assert without_docker(AFTER, BEFORE.replace("FORWARD ACCEPT", "FORWARD DROP")) == CLEANED.format(policy="DROP")

@@ -97,6 +97,7 @@ def feed(metrics: WorkerMetrics) -> None:
     ):
         metrics.observe(event)
     metrics.follow(totals())
+    metrics.set_links_open({Side.UPSTREAM: True, Side.DOWNSTREAM: False})
     metrics.set_load(Load(queued=3, in_flight=2, window=5))
     metrics.set_codec_errors({"forward": 0.1, "backward": 0.2})
     metrics.set_links({Side.UPSTREAM: link(), Side.DOWNSTREAM: link()})
