@@ -23,13 +23,19 @@ Measurement = dict[str, Any]
 
 
 def bandwidth(source: Path, target: Path) -> None:
-    """Tokens/s against the rate of every up-link and down-link, without delay and at 100 ms."""
+    """Tokens/s against the rate of every up-link and down-link, without delay and at 100 ms.
+
+    Hollow points are told from bytes, which is too much: a link is not full all through a step.
+    """
     result = json.loads(source.read_text())["measurements"]
     measured: list[Measurement] = result["measurements"]
     figure, (near, far) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axes, delay in ((near, 0.0), (far, LATENCY_MS)):
         for system, (color, label) in STYLES.items():
-            _line(axes, _points(measured, system, "rate_mbit", _is_swept(delay)), color, label)
+            whole = [m for m in measured if not m["estimated"]]
+            told = [m for m in measured if m["estimated"]]
+            _line(axes, _points(whole, system, "rate_mbit", _is_swept(delay)), color, label)
+            _hollow(axes, _points(told, system, "rate_mbit", _is_swept(delay)), color)
         _limits(axes, measured)
         axes.set(xscale="log", yscale="log", xlabel="Mbit/s, each up-link and down-link")
         axes.set_title(f"{delay:g} ms round trip between two peers")
@@ -46,7 +52,7 @@ def bandwidth(source: Path, target: Path) -> None:
 
 
 def round_trip(source: Path, target: Path) -> None:
-    """Tokens/s against the round trip at the paper's bandwidth, for whole steps and inside them."""
+    """Tokens/s against the round trip at the paper's bandwidth."""
     measured: list[Measurement] = json.loads(source.read_text())["measurements"]["measurements"]
     figure, axes = plt.subplots(figsize=(6.4, 4))
 
@@ -55,14 +61,6 @@ def round_trip(source: Path, target: Path) -> None:
 
     for system, (color, label) in STYLES.items():
         _line(axes, _points(measured, system, "round_trip_ms", at_reference), color, label)
-    full = [m for m in measured if m["steady_microbatches"]]
-    axes.plot(
-        *_points(full, "ours", "round_trip_ms", at_reference, _steady_speed),
-        color=BLUE,
-        linestyle="--",
-        marker=".",
-        label="ours inside steps",
-    )
     axes.set(xlabel="round trip between two peers, ms", ylabel="tokens/s", title=f"{REFERENCE_MBIT:g} Mbit/s")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
@@ -75,11 +73,10 @@ def _points(
     system: str,
     key: str,
     wanted: Callable[[dict[str, float]], bool],
-    speed: Callable[[Measurement], float] | None = None,
 ) -> tuple[list[float], list[float]]:
     """(x, tokens/s), ascending; the newest of several measurements of one point."""
     found = {
-        m["point"][key]: (speed or _speed)(m)
+        m["point"][key]: _speed(m)
         for m in measured
         if m["system"] == system and m["point"][key] is not None and wanted(m["point"])
     }
@@ -94,12 +91,6 @@ def _speed(m: Measurement) -> float:
     return float(m["tokens"] / m["seconds"])
 
 
-def _steady_speed(m: Measurement) -> float:
-    """Between the fill and the drain of each step."""
-    tokens_per_microbatch = m["tokens"] / (m["steps"] * m["microbatches_per_step"])
-    return float(tokens_per_microbatch * m["steady_microbatches"] / m["steady_seconds"])
-
-
 def _limits(axes: Any, measured: list[Measurement]) -> None:
     """What the cores compute, and what a link carries of each kind of frame."""
     rates = [m["point"]["rate_mbit"] for m in measured if m["point"]["rate_mbit"]]
@@ -108,17 +99,20 @@ def _limits(axes: Any, measured: list[Measurement]) -> None:
         return
     ends = [min(rates), max(rates)]
     axes.axhline(max(map(_speed, calm.values())), color=GREY, linestyle="--", linewidth=1, label="compute limit")
-    for system in ("ours", "dense"):
+    for system, (color, label) in STYLES.items():
         if (m := calm.get(system)) is not None:
             busiest = max(max(stage["up_bytes"], stage["down_bytes"]) for stage in m["stages"]) / m["tokens"]
             carried = [rate * 1e6 / 8 / busiest for rate in ends]
-            color, label = STYLES[system]
             axes.plot(ends, carried, color=color, linestyle=":", linewidth=1, label=f"link limit, {label}")
     axes.set_ylim(min(map(_speed, measured)) / 2, 2 * max(map(_speed, calm.values())))
 
 
 def _line(axes: Any, points: tuple[list[float], list[float]], color: str, label: str) -> None:
     axes.plot(*points, color=color, marker="o", markersize=4, linewidth=1.4, label=label)
+
+
+def _hollow(axes: Any, points: tuple[list[float], list[float]], color: str) -> None:
+    axes.plot(*points, color=color, marker="o", markersize=4, markerfacecolor="white", linestyle="")
 
 
 def _save(figure: Any, target: Path) -> None:

@@ -370,7 +370,7 @@ def test_without_the_capability_a_link_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("tool", "asked", "answer", "link"),
     [
-        ("ip", "*type ifb*", "Error: Unknown device type.", ("--rate-mbit", 20)),
+        ("ip", "*type?ifb*", "Error: Unknown device type.", ("--rate-mbit", 20)),
         ("tc", "*htb*", "Error: Specified qdisc kind is unknown.", ("--rate-mbit", 20)),
         ("iptables-restore", "*", "iptables-restore: line 3 failed: No chain/target/match", ("--delay-ms", 5)),
     ],

@@ -107,7 +107,7 @@ def told(measured: Measurement) -> dict[str, Any]:
     return {
         **asdict(measured),
         "tokens_per_second": measured.tokens_per_second,
-        "steady_tokens_per_second": measured.steady_tokens_per_second,
+        "steady_tokens_per_second": measured.steady_tokens_per_second if whole else None,
         "step_seconds": measured.step_seconds if whole else None,
         "efficiency": measured.efficiency if whole else None,
         "utilisation": measured.utilisation,
