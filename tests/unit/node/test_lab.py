@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from node.lab.shapes import UNSHAPED, InterfaceCounters, LinkShape
 from node.lab.tools import require
 
 DOCKER = Path(__file__).parents[3] / "docker"
+PRESETS = Path(__file__).parents[3] / "node" / "presets"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,13 @@ def test_an_unreadable_file_of_links_is_refused(tmp_path: Path, content: bytes |
 def test_the_shipped_links_are_80_mbit_and_100_ms() -> None:
     links = read_links(DOCKER / "lab.toml")
     assert {links.of(name) for name in up.NODES} == {LinkShape.of_round_trip(80, 100)}
+
+
+def test_the_lab_trains_the_demos_model() -> None:
+    """And sends as little: what the dashboards show there is the project's promise."""
+    lab = tomllib.loads((DOCKER / "run.toml").read_text())
+    demo = tomllib.loads((PRESETS / "demo.toml").read_text())
+    assert (lab["stages"], lab["model"], lab["bottleneck"]) == (demo["stages"], demo["model"], demo["bottleneck"])
 
 
 def test_the_compose_file_has_the_services_that_make_lab_starts() -> None:
