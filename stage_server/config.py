@@ -102,6 +102,10 @@ class BottleneckConfig(Frozen):
     pair_rows: int = Field(
         0, ge=0, description="rows of each stage's hashed table of token pairs, added to its learned anchor; 0: none"
     )
+    local_loss: float = Field(
+        0.0, ge=0, description="weight of a next-token loss of each earlier stage's own; it sends nothing; 0: none"
+    )
+    local_loss_stride: Positive = Field(1, description="every how many tokens the local loss is computed")
 
 
 class CodecConfig(Frozen):
@@ -202,6 +206,10 @@ class StageConfig(Frozen):
             raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")
         if bottleneck.pair_rows and bottleneck.anchor not in LEARNED_ANCHORS:
             raise ValueError("bottleneck.pair_rows adds to a learned anchor: set anchor = embedding")
+        if bottleneck.enabled and bottleneck.local_loss and bottleneck.anchor not in LEARNED_ANCHORS:
+            raise ValueError("bottleneck.local_loss has a learned anchor as its head: set anchor = embedding")
+        if bottleneck.local_loss_stride >= plan.tokens:
+            raise ValueError("bottleneck.local_loss_stride leaves a sequence no token: choose less than plan.tokens")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(

@@ -24,6 +24,7 @@ from stage_server.bottleneck import Boundary, receiving_side, sending_side
 from stage_server.config import LEARNED_ANCHORS, AnchorKind, ModelConfig, StageConfig
 from stage_server.errors import ConfigImpossible
 from stage_server.local_context import LocalContext
+from stage_server.local_loss import carrying, local_loss
 
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -82,6 +83,10 @@ class StageModule(nn.Module):
             raise ConfigImpossible(f"stage {stage} does not exist: the run has stages 0 to {config.stages - 1}")
         self.stage, self.is_first, self.is_last = stage, stage == 0, stage == config.stages - 1
         self.subtracts_anchor = config.bottleneck.enabled and config.bottleneck.anchor in SUBTRACTED
+        # of the step's loss, as the last stage's: a microbatch has its share of it
+        weight = config.bottleneck.local_loss if config.bottleneck.enabled else 0.0
+        self._local_weight = weight / config.plan.microbatches_per_step
+        self._local_stride = config.bottleneck.local_loss_stride
         hf_config = transformers_config(config.model)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
@@ -160,7 +165,11 @@ class StageModule(nn.Module):
         if self.is_last:
             logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
             return logits_BTV
-        return self._boundary(self.stage).encode(x_BTD, anchor_BTD if self.subtracts_anchor else None)
+        sent_BTh = self._boundary(self.stage).encode(x_BTD, anchor_BTD if self.subtracts_anchor else None)
+        if self._local_weight and torch.is_grad_enabled():
+            loss = local_loss(x_BTD, ids_BT, self._own_table().weight, self._local_stride)
+            return carrying(sent_BTh, self._local_weight * loss)
+        return sent_BTh
 
     def _enter(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream before the first layer, and this stage's anchor; one table look-up serves both ends."""
@@ -179,6 +188,10 @@ class StageModule(nn.Module):
         """The anchor with what the tokens before say of each token."""
         key = str(self.stage)
         return self.contexts[key](ids_BT, anchor_BTD) if key in self.contexts else anchor_BTD
+
+    def _own_table(self) -> nn.Embedding:
+        """A row for each token: this stage's anchors, on the first stage the embeddings."""
+        return cast(nn.Embedding, self.model.embed_tokens if self.is_first else self.anchors[str(self.stage)])
 
     def _biased(self, x_BTD: Tensor) -> Tensor:
         key = str(self.stage)

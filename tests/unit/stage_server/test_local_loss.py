@@ -1,0 +1,97 @@
+"""A stage's own loss: of which tokens, that it sends nothing, and that its gradient comes along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from stage_server.bottleneck import rms_norm
+from stage_server.config import StageConfig
+from stage_server.local_loss import carrying, local_loss
+from stage_server.module import StageModule
+
+B, T, D, V = 2, 7, 8, 50
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids_BT(seed: int = 0) -> Tensor:
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_the_mean_over_all_tokens_with_a_successor() -> None:
+    x_BTD, ids, head_VD = drawn(B, T, D), ids_BT(), drawn(V, D, seed=1)
+    log_p = torch.log_softmax(rms_norm(x_BTD) @ head_VD.T, dim=-1)
+    losses = [-log_p[b, t, ids[b, t + 1]] for b in range(B) for t in range(T - 1)]
+    torch.testing.assert_close(local_loss(x_BTD, ids, head_VD, 1), torch.stack(losses).mean())
+
+
+@given(seed=st.integers(0, 1000), stride=st.integers(1, T - 1))
+def test_with_a_stride_every_so_many_tokens_count_and_the_ids_say_which(seed: int, stride: int) -> None:
+    x_BTD, ids = drawn(B, T, D).requires_grad_(), ids_BT(seed)
+    local_loss(x_BTD, ids, drawn(V, D, seed=1), stride).backward()
+    assert x_BTD.grad is not None
+    counted = x_BTD.grad.abs().sum(-1).bool().any(0).nonzero().flatten().tolist()
+    assert counted == list(range(int(ids.sum()) % stride, T - 1, stride))
+
+
+def test_what_is_sent_stays_and_the_gradient_of_the_loss_comes_along() -> None:
+    x_BTD = drawn(B, T, D).requires_grad_()
+    sent, loss = 2 * x_BTD, x_BTD.square().sum()
+    carried = carrying(sent, 0.5 * loss)
+    assert torch.equal(carried, sent)
+    gradient_BTD = drawn(B, T, D, seed=1)
+    carried.backward(gradient_BTD)
+    torch.testing.assert_close(x_BTD.grad, 2 * gradient_BTD + x_BTD.detach())
+
+
+def run(stage: int, **bottleneck: object) -> StageModule:
+    model = {"vocab_size": V, "hidden_size": D, "intermediate_size": 16, "num_attention_heads": 2}
+    values = {
+        "stages": 3,
+        "model": model | {"num_key_value_heads": 2, "num_hidden_layers": 3},
+        "bottleneck": {"width": 4, **bottleneck},
+        "plan": {"microbatches_per_step": 4, "batch": B, "tokens": T},
+    }
+    return StageModule(StageConfig.model_validate(values), stage)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_whose_latents_nobody_uses_learns_all_the_same(stage: int) -> None:
+    """With its share of the step's loss; without one of its own it learns nothing."""
+    latents = None if stage == 0 else drawn(B, T, 4)
+    norms = {}
+    for weight in (0.0, 0.5, 1.0):
+        module = run(stage, local_loss=weight)
+        sent_BTh = module(ids_BT(), latents)
+        sent_BTh.backward(torch.zeros_like(sent_BTh))
+        layers = [p.grad for p in module.model.layers.parameters()]
+        norms[weight] = sum(float(grad.norm()) for grad in layers if grad is not None)
+    assert norms[0.0] == 0
+    assert norms[0.5] == pytest.approx(norms[1.0] / 2)
+
+
+def test_nothing_is_sent_differently_and_the_last_stage_has_its_own_loss_anyway() -> None:
+    for stage, latents in ((0, None), (1, drawn(B, T, 4)), (2, drawn(B, T, 4))):
+        with_loss, without = run(stage, local_loss=0.3), run(stage)
+        assert torch.equal(with_loss(ids_BT(), latents), without(ids_BT(), latents))
+        assert dict(with_loss.named_parameters()).keys() == dict(without.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "words"),
+    [
+        ({"local_loss": 0.3, "anchor": "none"}, "learned anchor"),
+        ({"local_loss": 0.3, "local_loss_stride": T}, "leaves a sequence no token"),
+        ({"local_loss": -1.0}, "greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(bottleneck: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        run(0, **bottleneck)
