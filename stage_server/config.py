@@ -206,10 +206,11 @@ class StageConfig(Frozen):
             raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")
         if bottleneck.pair_rows and bottleneck.anchor not in LEARNED_ANCHORS:
             raise ValueError("bottleneck.pair_rows adds to a learned anchor: set anchor = embedding")
-        if bottleneck.enabled and bottleneck.local_loss and bottleneck.anchor not in LEARNED_ANCHORS:
-            raise ValueError("bottleneck.local_loss has a learned anchor as its head: set anchor = embedding")
-        if bottleneck.local_loss_stride >= plan.tokens:
-            raise ValueError("bottleneck.local_loss_stride leaves a sequence no token: choose less than plan.tokens")
+        if bottleneck.enabled and bottleneck.local_loss:
+            if bottleneck.anchor not in LEARNED_ANCHORS:
+                raise ValueError("bottleneck.local_loss has a learned anchor as its head: set anchor = embedding")
+            if bottleneck.local_loss_stride >= plan.tokens:
+                raise ValueError("bottleneck.local_loss_stride leaves a sequence no token: take less than plan.tokens")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(

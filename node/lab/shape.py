@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
     with ending_on_signals():
         try:
             keeper.apply()
-            with _start(options) as command, _passing_signals_to(command):
+            with _passing_signals() as signals, _start(options) as command:
+                signals.go_to(command)
                 while _is_running(command):
                     keeper.look_again()
                 return command.returncode if command.returncode >= 0 else 128 - command.returncode
@@ -140,16 +141,31 @@ def _identity_of(user: str | None) -> dict[str, Any]:
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": [], "env": home}
 
 
+class _Signals:
+    """SIGTERM and SIGINT are the command's to answer; those that come while it starts wait for it."""
+
+    def __init__(self) -> None:
+        self._command: subprocess.Popen[bytes] | None = None
+        self._waiting: list[int] = []
+
+    def heard(self, number: int, _: FrameType | None) -> None:
+        if self._command is None:
+            self._waiting.append(number)
+        else:
+            self._command.send_signal(number)
+
+    def go_to(self, command: subprocess.Popen[bytes]) -> None:
+        self._command = command
+        for number in self._waiting:
+            command.send_signal(number)
+
+
 @contextlib.contextmanager
-def _passing_signals_to(command: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and SIGINT are the command's to answer."""
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        command.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+def _passing_signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.heard) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

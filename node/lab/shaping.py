@@ -57,9 +57,8 @@ def htb_commands(device: str, rate_mbit: float, leaf: str, *, present: bool) -> 
     """Limits what leaves `device`; `leaf` is the queue behind the limit. `present`: it has a limit already."""
     if not present:
         yield f"tc qdisc add dev {device} root handle 1: htb default 1"
-    verb = "change" if present else "add"
     rate = f"{round(rate_mbit * 1e6)}bit"
-    yield f"tc class {verb} dev {device} parent 1: classid 1:1 htb rate {rate} ceil {rate} quantum 15000"
+    yield f"tc class replace dev {device} parent 1: classid 1:1 htb rate {rate} ceil {rate} quantum 15000"
     yield f"tc qdisc replace dev {device} parent 1:1 handle 10: {leaf}"
 
 
@@ -111,7 +110,8 @@ class Shaper:
         self._delay_by = delay_by
         self._delayer: subprocess.Popen[str] | None = None
         self._queue: int | None = None
-        self._touched = False  # from then on the interface's queues, our chain and the ifb device are ours
+        self._touched = False  # something was applied
+        self._has_queues = False  # from then on the interface's queues and the ifb device are ours
         self._batches_before: int | None = None  # segments in a batch, where we have changed it
         self.shape = UNSHAPED
 
@@ -135,13 +135,15 @@ class Shaper:
             PrivilegeMissing, ToolMissing, KernelLacks, LabFailed: as node.lab.tools says.
         """
         self._require_interface()
-        if not self._touched:
-            self._require_no_other_queues()
-        self._touched = True
         self._choose_delay(shape)
         by_netem = self._is_by_netem(shape)
-        self._limit_leaving(shape)
-        self._limit_entering(shape, by_netem=by_netem)
+        if self._is_led(shape) and not self._has_queues:
+            self._require_no_other_queues()
+        self._touched = True
+        self._has_queues |= self._is_led(shape) or self._has_ifb()
+        if self._has_queues:
+            self._limit_entering(shape, by_netem=by_netem)  # first: by our ifb device all queues are known as ours
+            self._limit_leaving(shape)
         self._filter_entering(LinkShape() if by_netem else shape)
         self._batch(whole=not shape.loss)
         self.shape = shape
@@ -150,13 +152,14 @@ class Shaper:
         """Removes all that `apply` made, and nothing else. What is gone already is no error."""
         if not self._touched:
             return
-        if self._has_interface() and self._has_htb(self.interface):
-            self._tools.accepts(f"tc qdisc del dev {self.interface} root")
-        self._remove_redirect()
+        if self._has_queues:
+            if self._has_interface() and self._has_htb(self.interface):
+                self._tools.accepts(f"tc qdisc del dev {self.interface} root")
+            self._remove_redirect()
         self._remove_chain()
         self._replace_delayer(None, None)
         self._batch(whole=True)
-        self._touched = False
+        self._touched = self._has_queues = False
         self.shape = UNSHAPED
 
     def stop(self) -> None:
@@ -188,7 +191,7 @@ class Shaper:
     def _require_no_other_queues(self) -> None:
         """The system's default queues have no handle. Ours, which a killed shaper may have left, come with our ifb."""
         shown = self._tools.run(f"tc qdisc show dev {self.interface}").splitlines()
-        queues = [line.split()[1:3] for line in shown]  # kind, handle
+        queues = [line.split()[1:3] for line in shown if line.startswith("qdisc ")]  # kind, handle
         others = [" ".join(queue) for queue in queues if queue[1] != "0:"]
         if others and not self._has_ifb():
             raise ConfigInvalid(
@@ -295,14 +298,17 @@ class Shaper:
         if whole and self._batches_before is not None:
             self._tools.accepts(f"ip link set dev {self.interface} gso_max_segs {self._batches_before}")
             self._batches_before = None
-        elif not whole and self._batches_before is None:
-            shown = json.loads(self._tools.run(f"ip -json -details link show dev {self.interface}"))
-            self._batches_before = shown[0].get("gso_max_segs", _MAX_BATCH_SEGMENTS)
+        elif not whole:
+            if self._batches_before is None:
+                shown = json.loads(self._tools.run(f"ip -json -details link show dev {self.interface}"))
+                before = shown[0].get("gso_max_segs", _MAX_BATCH_SEGMENTS)
+                self._batches_before = before if before > 1 else _MAX_BATCH_SEGMENTS  # 1: a killed shaper's
             self._tools.accepts(f"ip link set dev {self.interface} gso_max_segs 1")
 
     def _has_redirect(self) -> bool:
         """Whether what enters goes through the ifb device."""
-        return "qdisc ingress ffff:" in self._tools.run(f"tc qdisc show dev {self.interface}") and self._has_ifb()
+        led = "qdisc ingress ffff:" in self._tools.run(f"tc qdisc show dev {self.interface}") and self._has_ifb()
+        return led and "mirred" in self._tools.run(f"tc filter show dev {self.interface} parent ffff:")
 
     def _has_ifb(self) -> bool:
         return self._tools.accepts(f"ip link show dev {ifb_of(self.interface)}")

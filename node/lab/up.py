@@ -132,11 +132,8 @@ def watch(*, until_training: bool) -> None:
             )
         if until_training and step >= 2:
             return
-        if time.monotonic() - moved_at > _TRAINING_SECONDS:
-            if until_training:
-                raise LabFailed("no step was trained for ten minutes", remedy="read the containers' logs")
-            say("no step for ten minutes; the logs or Prometheus may tell why")
-            moved_at = time.monotonic()
+        if until_training and time.monotonic() - moved_at > _TRAINING_SECONDS:
+            raise LabFailed("no step was trained for ten minutes", remedy="read the containers' logs")
         time.sleep(_LOOK_SECONDS)
 
 

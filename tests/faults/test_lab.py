@@ -268,8 +268,11 @@ def test_without_tools_a_lab_is_refused(tmp_path: Path) -> None:
 def test_a_kernel_without_htb_is_told_from_other_failures_and_what_was_made_is_removed(tmp_path: Path) -> None:
     """`tc` here is a script that runs the real one, but answers for htb as it does where the kernel lacks it."""
     for answer, told in (
-        ("Error: Specified qdisc kind is unknown.", "error E112: `tc qdisc add dev eth0 root handle 1: htb default 1`"),
-        ("RTNETLINK answers: Device or resource busy", "error E113: `tc qdisc add dev eth0 root handle 1: htb"),
+        (
+            "Error: Specified qdisc kind is unknown.",
+            "error E112: `tc qdisc add dev ifb-eth0 root handle 1: htb default 1`",
+        ),
+        ("RTNETLINK answers: Device or resource busy", "error E113: `tc qdisc add dev ifb-eth0 root handle 1: htb"),
     ):
         script = f'#!/bin/sh\ncase "$*" in *htb*) echo "{answer}" >&2; exit 2;; esac\nexec {shutil.which("tc")} "$@"\n'
         (tmp_path / "tc").write_text(script)

@@ -16,7 +16,7 @@ from node.bench.common import JsonLines, OutFile, Quick, Report, watching
 from node.bench.wan import plan
 
 PRESET = "demo"
-BATCH = 8
+BATCH, QUICK_BATCH = 8, 2
 MICROBATCHES = 8
 """Of 2048 tokens at the preset's length. Small ones cost more to handle than to send; and in steps of many, filling and
 draining the pipeline hides behind other stages' work where stages share cores."""
@@ -42,7 +42,9 @@ def wan(
     ] = None,
     loss: Annotated[list[float] | None, typer.Option(help="Percent of packets lost.", show_default="0, 1")] = None,
     microbatches: Annotated[int, typer.Option(min=2, help="Microbatches in a step.")] = MICROBATCHES,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a microbatch.")] = BATCH,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a microbatch.", show_default="8; --quick: 2")
+    ] = None,
     stages: Annotated[int | None, typer.Option(min=2, help="Stages.", show_default="the preset's")] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="What all three compute in.", show_default="the preset's")
@@ -63,6 +65,7 @@ def wan(
     from node.config import validated
 
     values = preset_named(preset).model_dump()
+    batch = batch or (QUICK_BATCH if quick else BATCH)
     values["plan"] |= {"microbatches_per_step": microbatches, "batch": batch}
     values["stages"] = stages or values["stages"]
     values["compute"]["precision"] = precision or values["compute"]["precision"]

@@ -47,5 +47,5 @@ def next_rate(ratios: Mapping[float, float], target: float = PAPER_DENSE_RATIO) 
 
 
 def is_equivalent(ratio: float, target: float = PAPER_DENSE_RATIO) -> bool:
-    """Near enough: within a tenth of the paper's ratio."""
-    return abs(ratio / target - 1) <= 0.1
+    """Near enough: within a twenty-fifth of the paper's ratio."""
+    return abs(ratio / target - 1) <= 0.04

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from node.bench.wan.plan import Point, System
@@ -168,6 +168,26 @@ def between(
         shaping,
         estimated=bytes_per_token is not None,
     )
+
+
+def pooled(measurements: Sequence[Measurement]) -> Measurement:
+    """Several of one system at one point as one, as if they had followed each other. Raises ValueError of none."""
+    first = measurements[0] if measurements else None
+    if first is None:
+        raise ValueError("there is nothing to pool")
+    return replace(
+        first,
+        steps=sum(m.steps for m in measurements),
+        seconds=sum(m.seconds for m in measurements),
+        tokens=sum(m.tokens for m in measurements),
+        steady_seconds=sum(m.steady_seconds for m in measurements),
+        steady_microbatches=sum(m.steady_microbatches for m in measurements),
+        stages=[_sum_of(loads) for loads in zip(*(m.stages for m in measurements), strict=True)],
+    )
+
+
+def _sum_of(loads: Sequence[StageLoad]) -> StageLoad:
+    return StageLoad(*(sum(values) for values in zip(*map(astuple, loads), strict=True)))
 
 
 def received_per_token(measured: Measurement) -> float:

@@ -179,4 +179,5 @@ def flush_plans(microbatches: int, *, quick: bool) -> Iterator[int]:
     Half, twice, four times as many. Of the longest steps the pace inside is told, which short ones hardly have.
     """
     if not quick:
-        yield from (max(2, microbatches // 2), 2 * microbatches, 4 * microbatches)
+        counts = {max(2, microbatches // 2), 2 * microbatches, 4 * microbatches} - {microbatches}
+        yield from sorted(counts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from node.bench.common import Table
 from node.bench.wan.limits import PAPER_DENSE_RATIO, link_limit
-from node.bench.wan.measurement import Measurement
+from node.bench.wan.measurement import Measurement, pooled
 from node.bench.wan.plan import CALM, LATENCY_MS, REFERENCE_MBIT, Point, System
 from node.bench.wan.run import Findings
 
@@ -42,13 +42,22 @@ def pair_ratio(findings: Findings) -> float | None:
     """Ours at the equivalent bandwidth / ours unshaped, over all pairs together."""
     if not findings.pairs:
         return None
-    calm = sum(calm.seconds / calm.tokens for calm, _ in findings.pairs)
-    return calm / sum(shaped.seconds / shaped.tokens for _, shaped in findings.pairs)
+    return _ratio(at_equivalent(findings, System.OURS), _calm(findings, System.OURS))
 
 
 def at_equivalent(findings: Findings, system: System) -> Measurement | None:
+    """Of ours all measurements there together."""
     rate = findings.equivalent_mbit
+    if system is System.OURS and findings.pairs:
+        return pooled([shaped for _, shaped in findings.pairs])
     return None if rate is None else findings.speed(system, Point(rate))
+
+
+def _calm(findings: Findings, system: System) -> Measurement | None:
+    """What to compare that with: of ours, what was measured in turn with it."""
+    if system is System.OURS and findings.pairs:
+        return pooled([calm for calm, _ in findings.pairs])
+    return findings.speed(system, CALM)
 
 
 def _ratio(over: Measurement | None, under: Measurement | None) -> float | None:
@@ -188,11 +197,11 @@ def _equivalent(findings: Findings, config: RunConfig) -> Table:
     rate = findings.equivalent_mbit
     rows = []
     for system in _systems(findings) if rate is not None else []:
-        m, calm = at_equivalent(findings, system), findings.speed(system, CALM)
+        m, calm = at_equivalent(findings, system), _calm(findings, system)
         if m is None or calm is None:
             continue
         carried = calm.busiest_frame_bytes / calm.tokens
-        ratio = pair_ratio(findings) if system is System.OURS else _ratio(m, calm)
+        ratio = _ratio(m, calm)
         limit = link_limit(rate, carried)
         ours = at_equivalent(findings, System.OURS)
         rows.append(

@@ -89,7 +89,7 @@ class Visitor:
         """
         if self._bytes_per_token is None:
             raise LabFailed(
-                f"{self.system} has not done a step in time on links without limits",
+                f"{self.system} has not done a step in time",
                 remedy="leave the machine to the benchmark, or ask for less: --microbatches, --batch, --preset",
             )
         await asyncio.sleep(self._effort.crawl_seconds / 2)

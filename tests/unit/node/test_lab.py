@@ -136,7 +136,7 @@ def test_a_rate_is_set_once_and_then_changed_in_place() -> None:
     first = list(shaping.htb_commands("eth0", 2.5, "bfifo limit 1", present=False))
     assert first == [
         "tc qdisc add dev eth0 root handle 1: htb default 1",
-        "tc class add dev eth0 parent 1: classid 1:1 htb rate 2500000bit ceil 2500000bit quantum 15000",
+        "tc class replace dev eth0 parent 1: classid 1:1 htb rate 2500000bit ceil 2500000bit quantum 15000",
         "tc qdisc replace dev eth0 parent 1:1 handle 10: bfifo limit 1",
     ]
     again = list(shaping.htb_commands("eth0", 2.5, "bfifo limit 1", present=True))

@@ -13,7 +13,7 @@ import pytest
 
 from node.errors import ConfigInvalid
 from node.lab import up
-from node.lab.engine import without_docker
+from node.lab.engine import undoing_docker
 from node.lab.up import port_of
 
 METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -109,20 +109,29 @@ COMMIT
 -A DOCKER-USER -j RETURN
 COMMIT
 """
-CLEANED = """\
+UNDONE = """\
 *nat
-:PREROUTING ACCEPT [0:0]
+-D PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-D POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-D POSTROUTING -s 10.78.0.0/24 ! -o br-0123456789ab -j MASQUERADE
+-F DOCKER
+-X DOCKER
 COMMIT
 *filter
-:INPUT ACCEPT [0:0]
-:FORWARD {policy} [0:0]
-:OUTPUT ACCEPT [0:0]
--A INPUT -p tcp --dport 22 -j ACCEPT
+{policy}-D FORWARD -j DOCKER-USER
+-D FORWARD -o docker0 -j DOCKER
+-F DOCKER
+-F DOCKER-USER
+-X DOCKER
+-X DOCKER-USER
 COMMIT
 """
 
 
 def test_what_docker_did_to_the_packet_filter_is_undone_and_nothing_else() -> None:
-    assert without_docker(AFTER, BEFORE) == CLEANED.format(policy="ACCEPT")
-    assert without_docker(AFTER, "") == CLEANED.format(policy="ACCEPT")
-    assert without_docker(AFTER, BEFORE.replace("FORWARD ACCEPT", "FORWARD DROP")) == CLEANED.format(policy="DROP")
+    accept = UNDONE.format(policy=":FORWARD ACCEPT [0:0]\n")
+    assert undoing_docker(AFTER, BEFORE) == accept
+    assert undoing_docker(AFTER, "") == accept
+    dropping = "*mangle\n:FORWARD ACCEPT [0:0]\nCOMMIT\n" + BEFORE.replace("FORWARD ACCEPT", "FORWARD DROP")
+    assert undoing_docker(AFTER, dropping) == UNDONE.format(policy="")
+    assert undoing_docker(BEFORE, BEFORE) == ""
