@@ -61,6 +61,10 @@ def wan(
     rates = plan.rates_of(bandwidth or (plan.QUICK_BANDWIDTHS if quick else plan.BANDWIDTHS))
     round_trips = plan.require_round_trips(round_trip or (plan.QUICK_ROUND_TRIPS_MS if quick else plan.ROUND_TRIPS_MS))
     losses = plan.losses_of(loss or ((0.0, 1.0) if not quick else (0.0,)))
+    from node.lab.tools import require_root
+
+    require_root()  # before what a user without rights may not even be able to import
+    from node.bench.wan.run import Task, run
     from node.config import preset as preset_named
     from node.config import validated
 
@@ -70,11 +74,6 @@ def wan(
     values["stages"] = stages or values["stages"]
     values["compute"]["precision"] = precision or values["compute"]["precision"]
     config = validated(values, "command line")
-    from node.lab.tools import require_root
-
-    require_root()
-    from node.bench.wan.run import Task, run
-
     flush_at = plan.flush_point(rates, round_trips)
     task = Task(
         config=config,
