@@ -29,11 +29,11 @@ def bandwidth(source: Path, target: Path) -> None:
     """
     result = json.loads(source.read_text())["measurements"]
     measured: list[Measurement] = result["measurements"]
+    whole = [m for m in measured if not m["estimated"]]
+    told = [m for m in measured if m["estimated"]]
     figure, (near, far) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axes, delay in ((near, 0.0), (far, LATENCY_MS)):
         for system, (color, label) in STYLES.items():
-            whole = [m for m in measured if not m["estimated"]]
-            told = [m for m in measured if m["estimated"]]
             _line(axes, _points(whole, system, "rate_mbit", _is_swept(delay)), color, label)
             _hollow(axes, _points(told, system, "rate_mbit", _is_swept(delay)), color)
         _limits(axes, measured)

@@ -22,7 +22,8 @@ from stage_server.codec import Encoding, backward_encoding, clip_for, forward_en
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.module import StageModule, next_token_loss
+from stage_server.losses import next_token_loss
+from stage_server.module import StageModule
 from stage_server.optimizer import StageOptimizer
 from stage_server.reports import mean_loss
 from stage_server.trainer import autocast

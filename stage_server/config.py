@@ -105,7 +105,6 @@ class BottleneckConfig(Frozen):
     local_loss: float = Field(
         0.0, ge=0, description="weight of a next-token loss of each earlier stage's own; it sends nothing; 0: none"
     )
-    local_loss_stride: Positive = Field(1, description="every how many tokens the local loss is computed")
 
 
 class CodecConfig(Frozen):
@@ -209,8 +208,8 @@ class StageConfig(Frozen):
         if bottleneck.enabled and bottleneck.local_loss:
             if bottleneck.anchor not in LEARNED_ANCHORS:
                 raise ValueError("bottleneck.local_loss has a learned anchor as its head: set anchor = embedding")
-            if bottleneck.local_loss_stride >= plan.tokens:
-                raise ValueError("bottleneck.local_loss_stride leaves a sequence no token: take less than plan.tokens")
+            if plan.tokens < 2:
+                raise ValueError("bottleneck.local_loss needs a token that follows another: plan.tokens of at least 2")
         fixed_grid = self.codec.forward in ("int4", "int8")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(

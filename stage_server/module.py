@@ -24,7 +24,7 @@ from stage_server.bottleneck import Boundary, receiving_side, sending_side
 from stage_server.config import LEARNED_ANCHORS, AnchorKind, ModelConfig, StageConfig
 from stage_server.errors import ConfigImpossible
 from stage_server.local_context import LocalContext
-from stage_server.local_loss import carrying, local_loss
+from stage_server.losses import carrying, local_loss
 
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -86,7 +86,6 @@ class StageModule(nn.Module):
         # of the step's loss, as the last stage's: a microbatch has its share of it
         weight = config.bottleneck.local_loss if config.bottleneck.enabled else 0.0
         self._local_weight = weight / config.plan.microbatches_per_step
-        self._local_stride = config.bottleneck.local_loss_stride
         hf_config = transformers_config(config.model)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
@@ -167,7 +166,7 @@ class StageModule(nn.Module):
             return logits_BTV
         sent_BTh = self._boundary(self.stage).encode(x_BTD, anchor_BTD if self.subtracts_anchor else None)
         if self._local_weight and torch.is_grad_enabled():
-            loss = local_loss(x_BTD, ids_BT, self._own_table().weight, self._local_stride)
+            loss = local_loss(x_BTD, ids_BT, self._own_table().weight)
             return carrying(sent_BTh, self._local_weight * loss)
         return sent_BTh
 
@@ -199,11 +198,6 @@ class StageModule(nn.Module):
 
     def _boundary(self, index: int) -> Boundary:
         return cast(Boundary, self.boundaries[str(index)])
-
-
-def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross entropy over all targets, float32 scalar, nats per token."""
-    return nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
 
 
 def initial_gain(config: StageConfig) -> float:

@@ -35,7 +35,8 @@ from stage_server.codec import (
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid, NotFinite, ProtocolViolation
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.module import StageModule, next_token_loss
+from stage_server.losses import next_token_loss
+from stage_server.module import StageModule
 from stage_server.optimizer import CommitReport, StageOptimizer
 from stage_server.profile import Profile, Work
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from node.errors import EngineUnavailable
+from node.lab.host_network import network_as_before
 from node.processes import describe_exit
 
 Say = Callable[[str], None]
 
 _START_SECONDS = 60.0
-_RULES = (("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore"))
-_OF_DOCKER = re.compile(r"\bDOCKER\b|\bdocker0\b|\bbr-[0-9a-f]{12}\b")
-_FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding"))
-_BRIDGE = "docker0"
-_ACCEPT = "ACCEPT"  # what the kernel does with packets that no rule names
 _NEWER_DEBIAN = (
     "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
 )
@@ -92,69 +87,6 @@ def _install_engine(say: Say) -> None:
     run_logged(
         ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "docker.io", "iptables"], "install docker.io"
     )
-
-
-@contextlib.contextmanager
-def network_as_before(say: Say) -> Iterator[None]:
-    """What dockerd does to the machine's network and leaves behind is undone: its rules, forwarding, its bridge.
-
-    Where Docker has left something there already, all of it stays: nobody knows whose it is.
-    """
-    rules_before = {save: output_of([save]) or "" for save, _ in _RULES}
-    if _has_bridge() or any(map(_OF_DOCKER.search, rules_before.values())):
-        yield
-        return
-    forwarding = [(path, path.read_text()) for path in _FORWARDING if path.exists()]
-    try:
-        yield
-    finally:
-        for save, restore in _RULES:
-            if undone := undoing_docker(output_of([save]) or "", rules_before[save]):
-                argv = [restore, "--noflush", "--wait"]
-                done = subprocess.run(argv, input=undone, text=True, capture_output=True, check=False)
-                if done.returncode:
-                    say(f"Docker's packet rules are still there ({restore}: {' '.join(done.stderr.split())})")
-        for path, text in forwarding:
-            with contextlib.suppress(OSError):
-                path.write_text(text)
-        if _has_bridge():
-            output_of(["ip", "link", "del", _BRIDGE])
-
-
-def undoing_docker(rules: str, before: str) -> str:
-    """What `iptables-restore --noflush` is told to remove Docker's chains and all rules that name them or its bridges.
-
-    FORWARD gets the policy of `before`, which Docker changes. Everything else stays as it is now, counters too. Both
-    as iptables-save prints them.
-    """
-    policies = {table: _forward_policy(lines) for table, lines in _tables(before)}
-    told = []
-    for table, lines in _tables(rules):
-        chains = [line[1:].split()[0] for line in lines if line.startswith(":") and _OF_DOCKER.search(line)]
-        named = [line.split(maxsplit=2) for line in lines if line.startswith("-A ") and _OF_DOCKER.search(line)]
-        undone = [f"-D {chain} {rule}" for _, chain, rule in named if chain not in chains]
-        undone += [f"-F {chain}" for chain in chains] + [f"-X {chain}" for chain in chains]
-        policy = policies.get(table, _ACCEPT)
-        if table == "filter" and _forward_policy(lines) != policy:
-            undone.insert(0, f":FORWARD {policy} [0:0]")
-        if undone:
-            told += [f"*{table}", *undone, "COMMIT"]
-    return "\n".join([*told, ""]) if told else ""
-
-
-def _tables(rules: str) -> Iterator[tuple[str, list[str]]]:
-    """Each table's name and lines."""
-    for part in re.split(r"^\*", rules, flags=re.MULTILINE)[1:]:
-        table, *lines = part.splitlines()
-        yield table, lines
-
-
-def _forward_policy(lines: Sequence[str]) -> str:
-    return next((line.split()[1] for line in lines if line.startswith(":FORWARD ")), _ACCEPT)
-
-
-def _has_bridge() -> bool:
-    return Path("/sys/class/net", _BRIDGE).exists()
 
 
 @contextlib.contextmanager

@@ -136,15 +136,14 @@ class Shaper:
         """
         self._require_interface()
         self._choose_delay(shape)
-        by_netem = self._is_by_netem(shape)
         if self._is_led(shape) and not self._has_queues:
             self._require_no_other_queues()
         self._touched = True
         self._has_queues |= self._is_led(shape) or self._has_ifb()
         if self._has_queues:
-            self._limit_entering(shape, by_netem=by_netem)  # first: by our ifb device all queues are known as ours
+            self._limit_entering(shape)  # first: by our ifb device all queues are known as ours
             self._limit_leaving(shape)
-        self._filter_entering(LinkShape() if by_netem else shape)
+        self._filter_entering(LinkShape() if self._is_by_netem(shape) else shape)
         self._batch(whole=not shape.loss)
         self.shape = shape
 
@@ -221,7 +220,7 @@ class Shaper:
         elif present:
             self._tools.run(f"tc qdisc del dev {self.interface} root")
 
-    def _limit_entering(self, shape: LinkShape, *, by_netem: bool) -> None:
+    def _limit_entering(self, shape: LinkShape) -> None:
         ifb = ifb_of(self.interface)
         if not self._is_led(shape):
             self._remove_redirect()
@@ -230,7 +229,7 @@ class Shaper:
             self._remove_redirect()  # half of it may be there
             self._run_all(redirect_commands(self.interface))
         rate_mbit = shape.rate_mbit or _LINE_RATE_MBIT
-        leaf = netem(shape) if by_netem else fifo(rate_mbit)
+        leaf = netem(shape) if self._is_by_netem(shape) else fifo(rate_mbit)
         self._run_all(htb_commands(ifb, rate_mbit, leaf, present=self._has_htb(ifb)))
 
     def _filter_entering(self, shape: LinkShape) -> None:

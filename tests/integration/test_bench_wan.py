@@ -32,6 +32,7 @@ def refused(*arguments: str, folder: Path) -> dict[str, object]:
         (("--bandwidth", "fast"), "--bandwidth"),
         (("--loss", "100"), "--loss"),
         (("--preset", "nosuch"), "nosuch"),
+        (("--precision", "fp8"), "compute.precision"),
     ],
 )
 def test_bad_input_is_refused_by_name(arguments: tuple[str, ...], word: str, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ and whole steps are measured. Needs root.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -20,13 +19,6 @@ BATCH, QUICK_BATCH = 8, 2
 MICROBATCHES = 8
 """Of 2048 tokens at the preset's length. Small ones cost more to handle than to send; and in steps of many, filling and
 draining the pipeline hides behind other stages' work where stages share cores."""
-
-
-class Precision(StrEnum):
-    """As `compute.precision` of a run."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
 
 
 def wan(
@@ -47,7 +39,7 @@ def wan(
     ] = None,
     stages: Annotated[int | None, typer.Option(min=2, help="Stages.", show_default="the preset's")] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="What all three compute in.", show_default="the preset's")
+        str | None, typer.Option(help="What all three compute in: fp32 or bf16.", show_default="the preset's")
     ] = None,
     quick: Quick = False,
     json_lines: JsonLines = False,

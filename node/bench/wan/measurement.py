@@ -172,11 +172,10 @@ def between(
 
 def pooled(measurements: Sequence[Measurement]) -> Measurement:
     """Several of one system at one point as one, as if they had followed each other. Raises ValueError of none."""
-    first = measurements[0] if measurements else None
-    if first is None:
+    if not measurements:
         raise ValueError("there is nothing to pool")
     return replace(
-        first,
+        measurements[0],
         steps=sum(m.steps for m in measurements),
         seconds=sum(m.seconds for m in measurements),
         tokens=sum(m.tokens for m in measurements),

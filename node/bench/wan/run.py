@@ -73,13 +73,12 @@ class Findings:
         From whole steps where there are any: bytes alone tell too much, because a link is not full all through a step.
         """
         calm = self.speed(system, CALM)
-        found = [
-            (m.point.rate_mbit, m.tokens_per_second / calm.tokens_per_second, m.estimated)
-            for m in self.measurements
-            if calm and m.system is system and m.point.rate_mbit and m.point == Point(m.point.rate_mbit)
-        ]
-        whole = [entry for entry in found if not entry[2]]
-        return {rate: ratio for rate, ratio, _ in whole or found}
+        found = [m for m in self.measurements if m.system is system and m.point == Point(m.point.rate_mbit)]
+        shaped = [m for m in found if m.point.rate_mbit]
+        told = [m for m in shaped if not m.estimated] or shaped
+        return {
+            m.point.rate_mbit: m.tokens_per_second / calm.tokens_per_second for m in told if calm and m.point.rate_mbit
+        }
 
 
 def config_of(system: System, config: RunConfig, microbatches: int | None = None) -> RunConfig:

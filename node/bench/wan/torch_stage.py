@@ -25,7 +25,8 @@ from node.errors import MachineUnfit
 from node.events import LinkTraffic, StageStep, claim_stdout, emit
 from stage_server.config import Frozen
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.module import StageModule, next_token_loss
+from stage_server.losses import next_token_loss
+from stage_server.module import StageModule
 from stage_server.optimizer import StageOptimizer
 from stage_server.trainer import autocast
 

@@ -13,7 +13,7 @@ import pytest
 
 from node.errors import ConfigInvalid
 from node.lab import up
-from node.lab.engine import undoing_docker
+from node.lab.host_network import undoing_docker
 from node.lab.up import port_of
 
 METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"

@@ -118,7 +118,7 @@ def test_so_they_do_with_the_other_codecs(codec: str) -> None:
         {"bottleneck": {"width": 6, "anchor": "none", "identity": False, "gain": False}},
         {"bottleneck": {"width": 6, "taps": 2, "pair_rows": 40}},
         {"bottleneck": {"width": 6, "centre": False, "bias": False}},
-        {"bottleneck": {"width": 6, "local_loss": 0.3, "local_loss_stride": 3}},
+        {"bottleneck": {"width": 6, "local_loss": 0.3}},
         {"bottleneck": {"width": 5, "norm": False}, "codec": {"forward": "bf16", "backward": "int8"}},
     ],
     ids=str,

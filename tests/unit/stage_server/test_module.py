@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from stage_server.config import StageConfig
 from stage_server.errors import ConfigImpossible
-from stage_server.module import StageModule, layer_range, next_token_loss, transformers_config
+from stage_server.losses import next_token_loss
+from stage_server.module import StageModule, layer_range, transformers_config
 
 B, T, V = 2, 12, 61
 
