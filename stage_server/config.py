@@ -36,6 +36,14 @@ class ModelConfig(Frozen):
         False, description="must be false: embedding and head live on different machines and would drift apart"
     )
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    residual_init: float = Field(
+        1.0, gt=0, description="initial weights of what each layer adds to the stream (o_proj, down_proj), times this"
+    )
+    embedding_multiplier: float = Field(
+        1.0,
+        gt=0,
+        description="what a stage's stream starts from (embeddings, anchors, biases, normed latents), times this",
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of the transformers config, passed on as they are"
     )

@@ -28,6 +28,7 @@ from stage_server.losses import carrying, local_loss
 
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
+ADDED_TO_THE_STREAM = (".o_proj.weight", ".down_proj.weight")
 INITIAL_RATIO = 2.5
 """Initial RMS of decoded latents, and of a bias, over that of the anchors."""
 
@@ -46,7 +47,7 @@ def transformers_config(model: ModelConfig) -> Any:
         ConfigImpossible: `model.extra` repeats a field of its own, or asks for something that cannot be cut exactly
             (dropout, sliding windows).
     """
-    fields = model.model_dump(exclude={"model_type", "extra"})
+    fields = model.model_dump(exclude={"model_type", "extra", "residual_init", "embedding_multiplier"})
     if repeated := sorted(fields.keys() & model.extra.keys()):
         raise ConfigImpossible(f"model.extra.{repeated[0]} repeats model.{repeated[0]}")
     fields |= {"head_dim": model.hidden_size // model.num_attention_heads, "pad_token_id": None} | model.extra
@@ -83,6 +84,10 @@ class StageModule(nn.Module):
             raise ConfigImpossible(f"stage {stage} does not exist: the run has stages 0 to {config.stages - 1}")
         self.stage, self.is_first, self.is_last = stage, stage == 0, stage == config.stages - 1
         self.subtracts_anchor = config.bottleneck.enabled and config.bottleneck.anchor in SUBTRACTED
+        self._multiplier = config.model.embedding_multiplier
+        # latents without a norm have the stream's own scale already
+        is_normed = config.bottleneck.enabled and config.bottleneck.norm
+        self._latent_multiplier = self._multiplier if is_normed else 1.0
         # of the step's loss, as the last stage's: a microbatch has its share of it
         weight = config.bottleneck.local_loss if config.bottleneck.enabled else 0.0
         self._local_weight = weight / config.plan.microbatches_per_step
@@ -172,21 +177,24 @@ class StageModule(nn.Module):
 
     def _enter(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream before the first layer, and this stage's anchor; one table look-up serves both ends."""
-        fixed_BTD = self.fixed[ids_BT] if self.is_confined else None
+        fixed_BTD = _times(self._multiplier, self.fixed[ids_BT]) if self.is_confined else None
         if latents_BTh is None:
             embedded_BTD = self.model.embed_tokens(ids_BT)
             if fixed_BTD is not None:
-                return fixed_BTD + subspace.project(embedded_BTD, self.basis), fixed_BTD
+                learned_BTD = subspace.project(embedded_BTD, self.basis)
+                return fixed_BTD + _times(self._multiplier, learned_BTD), fixed_BTD
             embedded_BTD = self._in_context(ids_BT, embedded_BTD)
             return self._biased(embedded_BTD), embedded_BTD  # the first stage's anchor is the embedding itself
         key = str(self.stage)
         anchor_BTD = self._in_context(ids_BT, self.anchors[key](ids_BT)) if key in self.anchors else fixed_BTD
+        latents_BTh = _times(self._latent_multiplier, latents_BTh)
         return self._biased(self._boundary(self.stage - 1).decode(latents_BTh, anchor_BTD)), anchor_BTD
 
     def _in_context(self, ids_BT: Tensor, anchor_BTD: Tensor) -> Tensor:
-        """The anchor with what the tokens before say of each token."""
+        """The anchor at its scale in the stream, with what the tokens before say of each token."""
         key = str(self.stage)
-        return self.contexts[key](ids_BT, anchor_BTD) if key in self.contexts else anchor_BTD
+        in_context_BTD = self.contexts[key](ids_BT, anchor_BTD) if key in self.contexts else anchor_BTD
+        return _times(self._multiplier, in_context_BTD)
 
     def _own_table(self) -> nn.Embedding:
         """A row for each token: this stage's anchors, on the first stage the embeddings."""
@@ -194,7 +202,7 @@ class StageModule(nn.Module):
 
     def _biased(self, x_BTD: Tensor) -> Tensor:
         key = str(self.stage)
-        return x_BTD + self.biases[key] if key in self.biases else x_BTD
+        return x_BTD + _times(self._multiplier, self.biases[key]) if key in self.biases else x_BTD
 
     def _boundary(self, index: int) -> Boundary:
         return cast(Boundary, self.boundaries[str(index)])
@@ -226,4 +234,11 @@ def initial_value(config: StageConfig, name: str, shape: torch.Size) -> Tensor:
         return torch.ones(shape)
     digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape).normal_(0.0, config.model.initializer_range, generator=generator)
+    spread = config.model.initializer_range * (
+        config.model.residual_init if name.endswith(ADDED_TO_THE_STREAM) else 1.0
+    )
+    return torch.empty(shape).normal_(0.0, spread, generator=generator)
+
+
+def _times(factor: float, x: Tensor) -> Tensor:
+    return x if factor == 1.0 else factor * x

@@ -34,7 +34,7 @@ def run(model_type: str = "llama", stages: int = 3, codec: str | dict[str, str] 
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-    }
+    } | parts.pop("model", {})
     plan = {
         "steps": STEPS,
         "microbatches_per_step": MICROBATCHES,
@@ -119,6 +119,7 @@ def test_so_they_do_with_the_other_codecs(codec: str) -> None:
         {"bottleneck": {"width": 6, "taps": 2, "pair_rows": 40}},
         {"bottleneck": {"width": 6, "centre": False, "bias": False}},
         {"bottleneck": {"width": 6, "local_loss": 0.3}},
+        {"model": {"embedding_multiplier": 50.0, "residual_init": 0.1}, "bottleneck": {"width": 6, "local_loss": 0.3}},
         {"bottleneck": {"width": 5, "norm": False}, "codec": {"forward": "bf16", "backward": "int8"}},
     ],
     ids=str,

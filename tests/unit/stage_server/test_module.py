@@ -84,6 +84,49 @@ def test_uncompressed_stages_in_a_row_are_the_plain_transformer(model_type: str,
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_an_uncompressed_stream_is_multiplied_once_where_it_begins(num_stages: int) -> None:
+    config = run(stages=num_stages, model={"embedding_multiplier": 30.0}, **PLAIN)
+    stages = [StageModule(config, stage) for stage in range(num_stages)]
+    logits = chained(stages, token_ids())
+    with torch.no_grad():
+        stages[0].model.embed_tokens.weight.mul_(30.0)
+    plain = run(stages=num_stages, **PLAIN)
+    unmultiplied = [StageModule(plain, stage) for stage in range(num_stages)]
+    for there, here in zip(unmultiplied, stages, strict=True):
+        there.load_state_dict(here.state_dict())
+    assert torch.equal(logits, chained(unmultiplied, token_ids()))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("taps", [0, 2])
+def test_all_that_a_stage_starts_from_is_multiplied(stage: int, taps: int) -> None:
+    bottleneck = {"width": 8, "taps": taps}
+    one = StageModule(run(bottleneck=bottleneck), stage)
+    many = StageModule(run(bottleneck=bottleneck, model={"embedding_multiplier": 50.0}), stage)
+    latents = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(1)) if stage else None
+    for before, after in zip(one._enter(token_ids(), latents), many._enter(token_ids(), latents), strict=True):
+        assert before is not None and after is not None
+        torch.testing.assert_close(after, 50.0 * before)
+
+
+def test_latents_without_a_norm_keep_the_scale_of_the_stream_they_come_from() -> None:
+    raw: dict[str, Any] = {"bottleneck": {"width": 8, "norm": False, "bias": False, "anchor": "none"}}
+    raw |= {"codec": {"forward": "none", "backward": "none"}}
+    latents = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(1))
+    one, many = (StageModule(run(model={"embedding_multiplier": m}, **raw), 1) for m in (1.0, 50.0))
+    assert torch.equal(one._enter(token_ids(), latents)[0], many._enter(token_ids(), latents)[0])
+
+
+def test_what_layers_add_to_the_stream_can_start_smaller() -> None:
+    usual, small = (
+        dict(StageModule(run(model={"residual_init": share}), 0).named_global_parameters()) for share in (1.0, 0.1)
+    )
+    for name, parameter in usual.items():
+        share = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        torch.testing.assert_close(small[name], share * parameter, msg=name)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize("changes", [{}, PLAIN, {"bottleneck": {"taps": 3, "pair_rows": 50}}], ids=str)
 def test_future_tokens_do_not_change_past_logits(model_type: str, changes: dict[str, Any]) -> None:
