@@ -22,7 +22,7 @@ from stage_server.codec import Encoding, backward_encoding, clip_for, forward_en
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.losses import next_token_loss
+from stage_server.losses import local_weight, next_token_loss
 from stage_server.module import StageModule
 from stage_server.optimizer import StageOptimizer
 from stage_server.reports import mean_loss
@@ -148,7 +148,7 @@ class UnsplitModel:
         for stage in self.stages:
             if x is not None:
                 x = _Wire.through(x, _Boundary(self.config, self.run_id, name, stage.stage - 1))
-            x = stage(ids_BT, x)
+            x = stage(ids_BT, x, local_weight(self.config, name.step))
         return cast(Tensor, x)  # a run has at least one stage
 
 

@@ -113,6 +113,9 @@ class BottleneckConfig(Frozen):
     local_loss: float = Field(
         0.0, ge=0, description="weight of a next-token loss of each earlier stage's own; it sends nothing; 0: none"
     )
+    local_loss_until: Fraction = Field(
+        1.0, gt=0, description="share of the run's steps over which the local loss fades, linearly, to nothing"
+    )
 
 
 class CodecConfig(Frozen):

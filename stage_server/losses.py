@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_server.bottleneck import rms_norm
+from stage_server.config import StageConfig
 
 
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -33,6 +34,19 @@ def local_loss(x_BTD: Tensor, ids_BT: Tensor, head_VD: Tensor) -> Tensor:
     """
     logits_BTV = nn.functional.linear(rms_norm(x_BTD[:, :-1]), head_VD)
     return next_token_loss(logits_BTV, ids_BT[:, 1:])
+
+
+def local_weight(config: StageConfig, step: int) -> float:
+    """What a microbatch of this step (1-based) counts its local loss: its share of the step, and fading over the run.
+
+    Early it brings latents to life; what an early stage knows of the next token is not what a later one needs of it, so
+    later the last stage's loss is all.
+    """
+    bottleneck, plan = config.bottleneck, config.plan
+    if not bottleneck.enabled:
+        return 0.0
+    remaining = max(0.0, 1.0 - step / (bottleneck.local_loss_until * plan.steps))
+    return remaining * bottleneck.local_loss / plan.microbatches_per_step
 
 
 def carrying(sent: Tensor, loss: Tensor) -> Tensor:

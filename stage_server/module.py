@@ -88,9 +88,6 @@ class StageModule(nn.Module):
         # latents without a norm have the stream's own scale already
         is_normed = config.bottleneck.enabled and config.bottleneck.norm
         self._latent_multiplier = self._multiplier if is_normed else 1.0
-        # of the step's loss, as the last stage's: a microbatch has its share of it
-        weight = config.bottleneck.local_loss if config.bottleneck.enabled else 0.0
-        self._local_weight = weight / config.plan.microbatches_per_step
         hf_config = transformers_config(config.model)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
@@ -151,12 +148,13 @@ class StageModule(nn.Module):
         """Every parameter under its name in the whole model, sorted by name."""
         return iter(sorted(self.named_parameters()))
 
-    def forward(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> Tensor:
+    def forward(self, ids_BT: Tensor, latents_BTh: Tensor | None, local_weight: float = 0.0) -> Tensor:
         """Latents for the next stage, float32 [B, T, h]; on the last stage logits [B, T, V].
 
         Args:
             ids_BT: input token ids, int64 [B, T]; every stage needs them for its anchor.
             latents_BTh: what the stage before sent, [B, T, h]; None on stage 0.
+            local_weight: of this stage's own next-token loss, whose gradient then joins that of the latents.
         """
         x_BTD, anchor_BTD = self._enter(ids_BT, latents_BTh)
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
@@ -170,9 +168,9 @@ class StageModule(nn.Module):
             logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
             return logits_BTV
         sent_BTh = self._boundary(self.stage).encode(x_BTD, anchor_BTD if self.subtracts_anchor else None)
-        if self._local_weight and torch.is_grad_enabled():
+        if local_weight and torch.is_grad_enabled():
             loss = local_loss(x_BTD, ids_BT, self._own_table().weight)
-            return carrying(sent_BTh, self._local_weight * loss)
+            return carrying(sent_BTh, local_weight * loss)
         return sent_BTh
 
     def _enter(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> tuple[Tensor, Tensor | None]:

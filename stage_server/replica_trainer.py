@@ -106,8 +106,8 @@ class ReplicaTrainer(StageTrainer):
 
         Latents are None on the first stage, gradients on the last.
         """
-        for _, token_ids, latents, gradients in items:
-            graph = self._graph(Inputs(token_ids, latents))
+        for name, token_ids, latents, gradients in items:
+            graph = self._graph(Inputs(name.step, token_ids, latents))
             if gradients is None:
                 torch.autograd.backward(graph.output, self.loss_weight())
             else:
@@ -140,7 +140,7 @@ class ReplicaTrainer(StageTrainer):
 
     def forward_late(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed:
         """As `forward`, with the weights of before the newest commit."""
-        graph = self._graph(Inputs(token_ids, latents), self._require_earlier())
+        graph = self._graph(Inputs(name.step, token_ids, latents), self._require_earlier())
         self._late_graphs[name] = graph
         return self._pack_latents(name, graph.output)
 
@@ -159,13 +159,13 @@ class ReplicaTrainer(StageTrainer):
         self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None
     ) -> tuple[float, Packed | None]:
         """As `forward_backward`, with the weights of before; the gradient sum stays as it is."""
-        graph = self._graph(Inputs(token_ids, latents), self._require_earlier())
+        graph = self._graph(Inputs(name.step, token_ids, latents), self._require_earlier())
         return float(graph.output.detach()), self._backward(name, graph, self.loss_weight())
 
     @torch.no_grad()
     def evaluate_late(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed | float:
         """As `evaluate`, with the weights of before."""
-        output = self._graph(Inputs(token_ids, latents), self._require_earlier()).output
+        output = self._graph(Inputs(name.step, token_ids, latents), self._require_earlier()).output
         return float(output) if self.module.is_last else self._pack_latents(name, output)
 
     def _require_earlier(self) -> Mapping[str, Tensor]:

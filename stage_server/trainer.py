@@ -35,7 +35,7 @@ from stage_server.codec import (
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid, NotFinite, ProtocolViolation
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.losses import next_token_loss
+from stage_server.losses import local_weight, next_token_loss
 from stage_server.module import StageModule
 from stage_server.optimizer import CommitReport, StageOptimizer
 from stage_server.profile import Profile, Work
@@ -62,6 +62,7 @@ class MemoryReport:
 class Inputs:
     """All that is needed to compute a microbatch once more."""
 
+    step: int
     token_ids: TokenIds
     latents: Packed | None
 
@@ -117,7 +118,7 @@ class StageTrainer:
             FrameError: the latents are refused, see `codec.unpack`; or this stage's own are not finite.
         """
         self._forget(name)
-        inputs = Inputs(token_ids, latents)
+        inputs = Inputs(name.step, token_ids, latents)
         if not self._meter.may_keep(len(self._graphs)):
             self._inputs[name] = inputs
             with torch.no_grad():
@@ -158,7 +159,7 @@ class StageTrainer:
             FrameError: the latents are refused, or the loss is not finite; nothing has changed.
             NotFinite: this stage's own gradient is not finite: its sums are spoilt, call `discard`.
         """
-        graph = self._graph(Inputs(token_ids, latents))
+        graph = self._graph(Inputs(name.step, token_ids, latents))
         self._meter.held(1)
         loss = _finite(float(graph.output.detach()), name)
         return loss, self._backward(name, graph, self.loss_weight())
@@ -166,7 +167,7 @@ class StageTrainer:
     @torch.no_grad()
     def evaluate(self, name: MicrobatchId, token_ids: TokenIds, latents: Packed | None) -> Packed | float:
         """Forward only: latents for the next stage, or on the last stage the loss in nats per token."""
-        output = self._graph(Inputs(token_ids, latents)).output
+        output = self._graph(Inputs(name.step, token_ids, latents)).output
         return _finite(float(output), name) if self.module.is_last else self._pack_latents(name, output)
 
     def commit(self, step: int) -> CommitReport:
@@ -245,7 +246,7 @@ class StageTrainer:
             received_BTh.requires_grad_(torch.is_grad_enabled())
         ids = torch.from_numpy(inputs.token_ids).to(self.device, torch.int64)
         with self.profile.span(Work.FORWARD), self._meter.measuring() as note, autocast(self.config, self.device):
-            arguments = (ids[:, :-1], received_BTh)
+            arguments = (ids[:, :-1], received_BTh, local_weight(self.config, inputs.step))
             output = functional_call(self.module, dict(weights), arguments) if weights else self.module(*arguments)
             if self.module.is_last:
                 output = next_token_loss(output, ids[:, 1:])

@@ -1,8 +1,8 @@
-"""`resbm-node bench overhead`: what encoder, decoder and anchor add to a stage: parameters, FLOPs and time.
+"""`resbm-node bench overhead`: what encoder, decoder and anchor add to a stage: parameters, memory, FLOPs and time.
 
 A middle stage has all three. It is measured against the same stage of a dense pipeline, in turn with it: forward and
-backward of microbatches, with writing and reading what crosses the boundaries. Optimizer steps are not in it. FLOPs
-are those of matrix products.
+backward of microbatches, with writing and reading what crosses the boundaries. FLOPs are those of matrix products.
+Muon's steps are not run, they take minutes at the largest width; their FLOPs follow from the shapes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ VOCABULARY = 32_768
 
 MEASURED_VOCABULARY = 2048
 MIDDLE, STAGES = 1, 3
+NEWTON_SCHULZ_STEPS = 5
+"""Of torch.optim.Muon."""
+
+MUON_BYTES, ADAMW_BYTES = 12, 16
+"""Training memory of a parameter in float32: itself, its gradient, and one or two moments."""
 
 
 def overhead(
@@ -70,6 +75,10 @@ class Cost:
     boundary_parameters: int  # encoder, decoder, gain, bias, taps
     anchor_parameters: int  # with VOCABULARY rows
     flops: int  # matrix products of one microbatch, forward and backward
+    muon_flops: int  # of one optimizer step
+    boundary_bytes: int  # of the boundary's parameters, while training
+    anchor_bytes: int  # with VOCABULARY rows
+    activation_bytes: int  # kept between a microbatch's forward and backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,16 @@ class Result:
     def flops_share(self) -> float:
         """What is added, as a share of the dense stage."""
         return self.ours.flops / self.dense.flops - 1.0
+
+    @property
+    def muon_share(self) -> float:
+        """The same of an optimizer step."""
+        return self.ours.muon_flops / self.dense.muon_flops - 1.0
+
+    @property
+    def activation_share(self) -> float:
+        """The same of what is kept for backward."""
+        return self.ours.activation_bytes / self.dense.activation_bytes - 1.0
 
     @property
     def parameters_share(self) -> float:
@@ -177,18 +196,45 @@ class _Stage:
     def cost(self) -> Cost:
         from torch.utils.flop_counter import FlopCounterMode
 
-        sizes = {name: parameter.numel() for name, parameter in self._trainer.parameters_fp32()}
-        anchors = sum(size for name, size in sizes.items() if name.startswith("anchors."))
+        from stage_server.optimizer import is_hidden_matrix
+
+        parameters = dict(self._trainer.parameters_fp32())
+        anchors = [p for name, p in parameters.items() if name.startswith("anchors.")]
+        boundary = {n: p for n, p in parameters.items() if n.startswith(("boundaries.", "biases.", "contexts."))}
+        hidden = {name for name, p in parameters.items() if is_hidden_matrix(name, p)}
+        anchor_parameters = sum(p.numel() for p in anchors) * VOCABULARY // MEASURED_VOCABULARY
         with FlopCounterMode(display=False) as counter:
             self._pass()
         return Cost(
-            layer_parameters=sum(size for name, size in sizes.items() if name.startswith("model.layers.")),
-            boundary_parameters=sum(
-                size for name, size in sizes.items() if name.startswith(("boundaries.", "biases.", "contexts."))
-            ),
-            anchor_parameters=anchors * VOCABULARY // MEASURED_VOCABULARY,
+            layer_parameters=sum(p.numel() for name, p in parameters.items() if name.startswith("model.layers.")),
+            boundary_parameters=sum(p.numel() for p in boundary.values()),
+            anchor_parameters=anchor_parameters,
             flops=counter.get_total_flops(),
+            muon_flops=sum(muon_flops(*parameters[name].shape) for name in hidden),
+            boundary_bytes=sum(
+                (MUON_BYTES if name in hidden else ADAMW_BYTES) * p.numel() for name, p in boundary.items()
+            ),
+            anchor_bytes=ADAMW_BYTES * anchor_parameters,
+            activation_bytes=self._activation_bytes(),
         )
+
+    def _activation_bytes(self) -> int:
+        """What autograd keeps of one forward, parameters not counted."""
+        from torch import Tensor
+        from torch.autograd.graph import saved_tensors_hooks
+
+        parameters = {p.untyped_storage().data_ptr() for _, p in self._trainer.parameters_fp32()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            self._trainer.forward(self._name, self._token_ids, self._latents)
+        self._trainer.discard()
+        return sum(size for address, size in kept.items() if address not in parameters)
 
     def _pass(self) -> None:
         self._trainer.forward(self._name, self._token_ids, self._latents)
@@ -196,10 +242,18 @@ class _Stage:
         self._trainer.discard()
 
 
+def muon_flops(rows: int, columns: int) -> int:
+    """Newton-Schulz iterations on one matrix: X Xᵀ, its square, and a polynomial of it times X."""
+    small, large = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * small * small * large + 2 * small**3)
+
+
 def summary_of(results: Sequence[Result]) -> dict[str, Any]:
     """The worst over all widths, and each width's time."""
     return {
         "flops_share": max(result.flops_share for result in results),
+        "muon_flops_share": max(result.muon_share for result in results),
+        "activation_share": max(result.activation_share for result in results),
         "parameters_share": max(result.parameters_share for result in results),
         "time_ratio": {str(result.hidden): result.time_ratio.median for result in results},
     }
@@ -213,8 +267,11 @@ def table_of(results: Sequence[Result]) -> Table:
             str(result.width),
             f"{result.ours.layer_parameters / 1e6:.1f} M",
             f"{result.ours.boundary_parameters / 1e6:.3f} M ({100 * result.parameters_share:.2f} %)",
-            f"{result.ours.anchor_parameters / 1e6:.1f} M",
+            f"{result.ours.boundary_bytes / 2**20:.1f} MiB",
+            f"{result.ours.anchor_parameters / 1e6:.1f} M, {result.ours.anchor_bytes / 2**20:.0f} MiB",
+            f"{100 * result.activation_share:.1f} %",
             f"{100 * result.flops_share:.2f} %",
+            f"{100 * result.muon_share:.2f} %",
             result.time_ratio.text(3),
         ]
         for result in results
@@ -224,8 +281,11 @@ def table_of(results: Sequence[Result]) -> Table:
         "h",
         "layers",
         "encoder, decoder, gain, bias, taps",
+        "their training memory",
         f"anchor, V {VOCABULARY:,}",
+        "activations added",
         "FLOPs added",
+        "Muon FLOPs added",
         "processor time, x dense",
     ]
     title = f"a middle stage with {plan.layers} layer{'s' * (plan.layers > 1)}, {plan.tokens} tokens a microbatch, fp32"

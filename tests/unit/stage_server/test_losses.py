@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stage_server.bottleneck import rms_norm
 from stage_server.config import StageConfig
-from stage_server.losses import carrying, local_loss
+from stage_server.losses import carrying, local_loss, local_weight
 from stage_server.module import StageModule
 
 B, T, D, V = 2, 7, 8, 50
@@ -40,25 +40,24 @@ def test_what_is_sent_stays_and_the_gradient_of_the_loss_comes_along() -> None:
     torch.testing.assert_close(x_BTD.grad, 2 * gradient_BTD + x_BTD.detach())
 
 
-def run(stage: int, tokens: int = T, **bottleneck: object) -> StageModule:
+def config(tokens: int = T, **bottleneck: object) -> StageConfig:
     model = {"vocab_size": V, "hidden_size": D, "intermediate_size": 16, "num_attention_heads": 2}
     values = {
         "stages": 3,
         "model": model | {"num_key_value_heads": 2, "num_hidden_layers": 3},
         "bottleneck": {"width": 4, **bottleneck},
-        "plan": {"microbatches_per_step": 4, "batch": B, "tokens": tokens},
+        "plan": {"steps": 100, "microbatches_per_step": 4, "batch": B, "tokens": tokens},
     }
-    return StageModule(StageConfig.model_validate(values), stage)
+    return StageConfig.model_validate(values)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_whose_latents_nobody_uses_learns_all_the_same(stage: int) -> None:
-    """With its share of the step's loss; without one of its own it learns nothing."""
     latents = None if stage == 0 else drawn(B, T, 4)
     norms = {}
     for weight in (0.0, 0.5, 1.0):
-        module = run(stage, local_loss=weight)
-        sent_BTh = module(ids_BT(), latents)
+        module = StageModule(config(), stage)
+        sent_BTh = module(ids_BT(), latents, weight)
         sent_BTh.backward(torch.zeros_like(sent_BTh))
         layers = [p.grad for p in module.model.layers.parameters()]
         norms[weight] = sum(float(grad.norm()) for grad in layers if grad is not None)
@@ -68,15 +67,24 @@ def test_a_stage_whose_latents_nobody_uses_learns_all_the_same(stage: int) -> No
 
 def test_nothing_is_sent_differently_and_the_last_stage_has_its_own_loss_anyway() -> None:
     for stage, latents in ((0, None), (1, drawn(B, T, 4)), (2, drawn(B, T, 4))):
-        with_loss, without = run(stage, local_loss=0.3), run(stage)
-        assert torch.equal(with_loss(ids_BT(), latents), without(ids_BT(), latents))
-        assert dict(with_loss.named_parameters()).keys() == dict(without.named_parameters()).keys()
+        module = StageModule(config(), stage)
+        assert torch.equal(module(ids_BT(), latents, 0.3), module(ids_BT(), latents))
+
+
+def test_it_fades_over_its_part_of_the_run() -> None:
+    fading = config(local_loss=0.8, local_loss_until=0.5)
+    weights = [local_weight(fading, step) for step in (0, 1, 25, 49, 50, 51, 100, 1000)]
+    assert weights == pytest.approx([0.2, 0.196, 0.1, 0.004, 0.0, 0.0, 0.0, 0.0])
+    assert local_weight(config(local_loss=0.8), 50) == pytest.approx(0.1)
+    assert local_weight(config(), 1) == 0.0
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValidationError, match="learned anchor"):
-        run(0, local_loss=0.3, anchor="none")
+        config(local_loss=0.3, anchor="none")
     with pytest.raises(ValidationError, match=r"plan\.tokens of at least 2"):
-        run(0, tokens=1, local_loss=0.3)
+        config(tokens=1, local_loss=0.3)
+    with pytest.raises(ValidationError, match="greater than 0"):
+        config(local_loss=0.3, local_loss_until=0.0)
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        run(0, local_loss=-1.0)
+        config(local_loss=-1.0)

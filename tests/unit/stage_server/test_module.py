@@ -249,7 +249,6 @@ def test_names_say_where_a_parameter_belongs() -> None:
         {"taps": 2, "pair_rows": 64},
         {"bias": False, "taps": 0},
         {"centre": False},
-        {"local_loss": 0.3},
         {"width": 32, "projection": "none"},  # uncompressed, with norm and anchors: the fair control
         {"identity": False, "norm": False, "gain": False, "anchor": "none"},
     ],
