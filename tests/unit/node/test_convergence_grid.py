@@ -99,7 +99,7 @@ def test_a_bad_variant_is_named() -> None:
         cells_to_run(grid, {})
 
 
-@pytest.mark.parametrize("name", ["quick", "main", "wider", "deep"])
+@pytest.mark.parametrize("name", ["quick", "main", "longer", "wider", "deep", "vocabulary-2048"])
 def test_shipped_grids_are_whole(name: str) -> None:
     grid = shipped(name)
     roles = {variant.role for variant in grid.variants}
