@@ -49,9 +49,9 @@ if __name__ == "__main__":
     if (wan := DOCS / "results" / "bench-wan.json").exists():
         figures_wan.bandwidth(wan, DOCS / "images" / "wan-bandwidth.png")
         figures_wan.round_trip(wan, DOCS / "images" / "wan-round-trip.png")
-    for grid in ("deep", "main"):
-        if (points := DOCS / "results" / "convergence" / f"{grid}.jsonl").exists():
-            figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")
+    for grid in sorted(path.stem for path in (DOCS / "results" / "convergence").glob("*.jsonl")):
+        points = DOCS / "results" / "convergence" / f"{grid}.jsonl"
+        figures_convergence.losses(points, grid, DOCS / "images" / f"convergence-{grid}.png")
     if (churn := DOCS / "results" / "bench-churn.json").exists():
         figures_churn.churn(churn, DOCS / "images" / "churn.png")
     if by_rate := sorted((DOCS / "results").glob("bench-churn-every-*.json")):

@@ -1,7 +1,8 @@
 """The reference: the same run with the unsplit model, in one process, in one autograd graph.
 
 It is made of the same parts as the swarm's stages (their modules, their optimizers, the codec), but nothing is cut: the
-loss is one expression of the tokens, and autograd runs through every boundary. A swarm must train the same bits.
+last stage's loss is one expression of the tokens, and autograd runs through every boundary (and brings local losses
+along). A swarm must train the same bits.
 
 Shapes: B batch, T tokens, h latent width, V vocabulary.
 """
@@ -22,7 +23,7 @@ from stage_server.codec import Encoding, backward_encoding, clip_for, forward_en
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
-from stage_server.losses import local_weight, next_token_loss
+from stage_server.losses import local_loss_weight, next_token_loss
 from stage_server.module import StageModule
 from stage_server.optimizer import StageOptimizer
 from stage_server.reports import mean_loss
@@ -148,7 +149,7 @@ class UnsplitModel:
         for stage in self.stages:
             if x is not None:
                 x = _Wire.through(x, _Boundary(self.config, self.run_id, name, stage.stage - 1))
-            x = stage(ids_BT, x, local_weight(self.config, name.step))
+            x = stage(ids_BT, x, local_loss_weight(self.config, name.step))
         return cast(Tensor, x)  # a run has at least one stage
 
 

@@ -22,7 +22,7 @@ class Frozen(BaseModel):
 
 
 class ModelConfig(Frozen):
-    """A decoder-only Hugging Face architecture, by its config's own field names."""
+    """A decoder-only Hugging Face architecture, by its config's own field names; and how large its stream begins."""
 
     model_type: Literal["llama", "qwen3"] = Field("llama", description="transformers model type")
     vocab_size: Positive = Field(2048, description="token ids, 0 to vocab_size-1")

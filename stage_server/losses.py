@@ -2,8 +2,9 @@
 
 All that a later stage's loss tells an earlier one comes through the h channels of its latents, and while these say
 nothing, the later stage learns to ignore them and nothing comes back. A local loss reaches all D channels from the
-first step. Every stage knows the token ids, so it costs no byte; its head is the stage's own table of embeddings, so it
-has no parameters. Deeply supervised nets (arXiv 1409.5185) and local losses (arXiv 1901.08164) are the sources.
+first step, and what it says of received latents goes back to the stages before. Every stage knows the token ids, so it
+costs no byte; its head is the stage's own table of embeddings, so it has no parameters. After deeply supervised nets
+(arXiv 1409.5185).
 
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
@@ -36,7 +37,7 @@ def local_loss(x_BTD: Tensor, ids_BT: Tensor, head_VD: Tensor) -> Tensor:
     return next_token_loss(logits_BTV, ids_BT[:, 1:])
 
 
-def local_weight(config: StageConfig, step: int) -> float:
+def local_loss_weight(config: StageConfig, step: int) -> float:
     """What a microbatch of this step (1-based) counts its local loss: its share of the step, and fading over the run.
 
     Early it brings latents to life; what an early stage knows of the next token is not what a later one needs of it, so
@@ -49,7 +50,7 @@ def local_weight(config: StageConfig, step: int) -> float:
     return remaining * bottleneck.local_loss / plan.microbatches_per_step
 
 
-def carrying(sent: Tensor, loss: Tensor) -> Tensor:
+def with_gradient_of(loss: Tensor, sent: Tensor) -> Tensor:
     """What is sent, unchanged; its backward pass brings the gradient of `loss` along."""
     carried: Tensor = _Carrying.apply(sent, loss)  # type: ignore[no-untyped-call]
     return carried

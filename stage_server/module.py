@@ -24,7 +24,7 @@ from stage_server.bottleneck import Boundary, receiving_side, sending_side
 from stage_server.config import LEARNED_ANCHORS, AnchorKind, ModelConfig, StageConfig
 from stage_server.errors import ConfigImpossible
 from stage_server.local_context import LocalContext
-from stage_server.losses import carrying, local_loss
+from stage_server.losses import local_loss, with_gradient_of
 
 SUBTRACTED = frozenset({AnchorKind.EMBEDDING, AnchorKind.FIXED})
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -170,7 +170,7 @@ class StageModule(nn.Module):
         sent_BTh = self._boundary(self.stage).encode(x_BTD, anchor_BTD if self.subtracts_anchor else None)
         if local_weight and torch.is_grad_enabled():
             loss = local_loss(x_BTD, ids_BT, self._own_table().weight)
-            return carrying(sent_BTh, local_weight * loss)
+            return with_gradient_of(local_weight * loss, sent_BTh)
         return sent_BTh
 
     def _enter(self, ids_BT: Tensor, latents_BTh: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ from stage_server.codec import (
 from stage_server.config import StageConfig
 from stage_server.errors import CheckpointInvalid, NotFinite, ProtocolViolation
 from stage_server.ids import MicrobatchId, MicrobatchKind
-from stage_server.losses import local_weight, next_token_loss
+from stage_server.losses import local_loss_weight, next_token_loss
 from stage_server.module import StageModule
 from stage_server.optimizer import CommitReport, StageOptimizer
 from stage_server.profile import Profile, Work
@@ -246,7 +246,7 @@ class StageTrainer:
             received_BTh.requires_grad_(torch.is_grad_enabled())
         ids = torch.from_numpy(inputs.token_ids).to(self.device, torch.int64)
         with self.profile.span(Work.FORWARD), self._meter.measuring() as note, autocast(self.config, self.device):
-            arguments = (ids[:, :-1], received_BTh, local_weight(self.config, inputs.step))
+            arguments = (ids[:, :-1], received_BTh, local_loss_weight(self.config, inputs.step))
             output = functional_call(self.module, dict(weights), arguments) if weights else self.module(*arguments)
             if self.module.is_last:
                 output = next_token_loss(output, ids[:, 1:])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.bench.common import Table
-from node.bench.convergence_grid import Grid, Variant, config_of
+from node.bench.convergence_grid import Grid, Role, Variant, config_of
 from node.bench.convergence_point import Point
 
 
@@ -83,10 +83,23 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
     for role in ("ours_128x", "ours_512x"):
         if role in by_role:
             summary[f"wire_compression_{role.removeprefix('ours_')}"] = by_role[role].wire_compression
+    if shares := {r.variant.name: share for r in results if (share := share_of_depth(r, by_role)) is not None}:
+        summary["share_of_depth"] = shares
     summary["wire_worth"] = {r.variant.name: r.wire_worth for r in results if r.wire_worth is not None}
     if noise := seed_noise(results):
         summary["seed_noise"] = noise
     return summary
+
+
+def share_of_depth(result: Result, by_role: Mapping[Role, Result]) -> float | None:
+    """Of what the fair control has over the last stage alone, the part that a compressed variant keeps.
+
+    None where there is no wire, or where depth is worth nothing.
+    """
+    if result.wire_compression is None or not {"fair", "control"} <= by_role.keys():
+        return None
+    control, fair = by_role["control"].loss, by_role["fair"].loss
+    return (control - result.loss) / (control - fair) if control > fair else None
 
 
 def seed_noise(results: Sequence[Result]) -> float | None:
@@ -103,17 +116,18 @@ def table_of(results: Sequence[Result]) -> Table:
             result.variant.title,
             f"{result.cells[0][-1].parameters / 1e6:.2f}",
             _factor(result.wire_compression),
-            f"{result.rate:g}",
+            f"{result.rate:g} of {', '.join(f'{rate:g}' for rate in sorted(result.tried))}",
             str(len(result.losses)),
             f"{result.loss:.3f}",
             f"{min(result.losses):.3f} to {max(result.losses):.3f}",
             f"{result.loss - fair.loss:+.3f}" if fair else "",
+            "-" if (share := share_of_depth(result, by_role)) is None else f"{100 * share:.0f} %",
             "-" if result.wire_worth is None else f"{result.wire_worth:.3f}",
         ]
         for result in results
     ]
     columns = ["variant", "M parameters", "wire compression", "rate x", "seeds", "val loss", "over seeds", "- fair"]
-    columns += ["worth of the wire"]
+    columns += ["of depth", "worth of the wire"]
     return Table("validation loss, nats per token, at equal tokens", columns, rows)
 
 

@@ -215,26 +215,8 @@ class _Stage:
                 (MUON_BYTES if name in hidden else ADAMW_BYTES) * p.numel() for name, p in boundary.items()
             ),
             anchor_bytes=ADAMW_BYTES * anchor_parameters,
-            activation_bytes=self._activation_bytes(),
+            activation_bytes=self._trainer.memory().microbatch_activations_bytes,
         )
-
-    def _activation_bytes(self) -> int:
-        """What autograd keeps of one forward, parameters not counted."""
-        from torch import Tensor
-        from torch.autograd.graph import saved_tensors_hooks
-
-        parameters = {p.untyped_storage().data_ptr() for _, p in self._trainer.parameters_fp32()}
-        kept: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            self._trainer.forward(self._name, self._token_ids, self._latents)
-        self._trainer.discard()
-        return sum(size for address, size in kept.items() if address not in parameters)
 
     def _pass(self) -> None:
         self._trainer.forward(self._name, self._token_ids, self._latents)

@@ -150,7 +150,23 @@ def test_results_are_told_against_the_fair_control(tmp_path_factory: pytest.Temp
     assert summary["gap_128x"] == pytest.approx(0.2)
     assert summary["wire_compression_128x"] == pytest.approx(100.0)
     assert seed_noise(results) == pytest.approx(0.01)
-    assert table_of(results).rows[1][-2] == "+0.200"
+    assert table_of(results).rows[1][-3:] == ["+0.200", "-", "-"]
+
+
+def test_the_share_of_depth_lies_between_the_control_and_the_fair_one() -> None:
+    """What the last stage alone lacks of the fair control is all that a wire can bring."""
+    control = '[[variants]]\nname = "alone"\ntitle = "alone"\nrole = "control"\nrun.stages = 1'
+    grid = parse(f"{TEXT}\n{control}", "here")
+
+    def shares(alone: float) -> object:
+        losses = {"fair": 2.0, "ours": 2.1, "alone": alone}
+        cells = [cell for cell in cells_to_run(grid, {}) if cell.rate == 1.0]
+        points = [point(c, losses[c.variant], None if c.variant == "alone" else 100.0) for c in cells]
+        return summary_of(results_of(grid, points)).get("share_of_depth")
+
+    assert shares(2.4) == pytest.approx({"fair": 1.0, "ours": 0.75})
+    assert shares(2.05) == pytest.approx({"fair": 1.0, "ours": -1.0})
+    assert shares(1.9) is None
 
 
 def test_a_torn_line_is_left_out(tmp_path_factory: pytest.TempPathFactory) -> None:

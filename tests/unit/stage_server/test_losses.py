@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stage_server.bottleneck import rms_norm
 from stage_server.config import StageConfig
-from stage_server.losses import carrying, local_loss, local_weight
+from stage_server.losses import local_loss, local_loss_weight, with_gradient_of
 from stage_server.module import StageModule
 
 B, T, D, V = 2, 7, 8, 50
@@ -33,7 +33,7 @@ def test_it_is_the_mean_over_all_tokens_with_a_successor() -> None:
 def test_what_is_sent_stays_and_the_gradient_of_the_loss_comes_along() -> None:
     x_BTD = drawn(B, T, D).requires_grad_()
     sent, loss = 2 * x_BTD, x_BTD.square().sum()
-    carried = carrying(sent, 0.5 * loss)
+    carried = with_gradient_of(0.5 * loss, sent)
     assert torch.equal(carried, sent)
     gradient_BTD = drawn(B, T, D, seed=1)
     carried.backward(gradient_BTD)
@@ -73,10 +73,10 @@ def test_nothing_is_sent_differently_and_the_last_stage_has_its_own_loss_anyway(
 
 def test_it_fades_over_its_part_of_the_run() -> None:
     fading = config(local_loss=0.8, local_loss_until=0.5)
-    weights = [local_weight(fading, step) for step in (0, 1, 25, 49, 50, 51, 100, 1000)]
+    weights = [local_loss_weight(fading, step) for step in (0, 1, 25, 49, 50, 51, 100, 1000)]
     assert weights == pytest.approx([0.2, 0.196, 0.1, 0.004, 0.0, 0.0, 0.0, 0.0])
-    assert local_weight(config(local_loss=0.8), 50) == pytest.approx(0.1)
-    assert local_weight(config(), 1) == 0.0
+    assert local_loss_weight(config(local_loss=0.8), 50) == pytest.approx(0.1)
+    assert local_loss_weight(config(), 1) == 0.0
 
 
 def test_what_cannot_be_is_refused() -> None:
