@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from node.bench.common import Table
-from node.bench.convergence_grid import Grid, Role, Variant, config_of
+from node.bench.convergence_grid import Grid, Variant, config_of
 from node.bench.convergence_point import Point
 
 
@@ -67,9 +67,14 @@ def results_of(grid: Grid, points: Iterable[Point]) -> list[Result]:
     return results
 
 
+def by_roles(results: Sequence[Result]) -> dict[str, Result]:
+    """The variants that have a role."""
+    return {str(result.variant.role): result for result in results if result.variant.role}
+
+
 def summary_of(results: Sequence[Result]) -> dict[str, Any]:
     """The claims as numbers, nats per token: positive gaps are losses to the fair control, or wins over the last."""
-    by_role = {result.variant.role: result for result in results if result.variant.role}
+    by_role = by_roles(results)
     summary: dict[str, Any] = {"loss": {result.variant.name: result.loss for result in results}}
     for key, role, against in (
         ("gap_128x", "ours_128x", "fair"),
@@ -91,7 +96,7 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
     return summary
 
 
-def share_of_depth(result: Result, by_role: Mapping[Role, Result]) -> float | None:
+def share_of_depth(result: Result, by_role: Mapping[str, Result]) -> float | None:
     """Of what the fair control has over the last stage alone, the part that a compressed variant keeps.
 
     None where there is no wire, or where depth is worth nothing.
@@ -109,7 +114,7 @@ def seed_noise(results: Sequence[Result]) -> float | None:
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    by_role = {result.variant.role: result for result in results if result.variant.role}
+    by_role = by_roles(results)
     fair = by_role.get("fair")
     rows = [
         [
