@@ -31,7 +31,7 @@ FILE_HEADER = """\
 # Publish it: resbm-node coordinator --run FILE. Train it in one process: resbm-node reference --run FILE.
 """
 
-CodecName = Literal["none", "bf16", "int8", "int4"]
+CodecName = Literal["none", "bf16", "int8", "int4", "int2"]
 
 
 class DataConfig(Frozen):

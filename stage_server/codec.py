@@ -36,6 +36,8 @@ class Encoding(enum.IntEnum):
     INT4_FIXED = pb.ENCODING_INT4_FIXED
     INT8_TOKEN = pb.ENCODING_INT8_TOKEN
     INT4_TOKEN = pb.ENCODING_INT4_TOKEN
+    INT2_FIXED = pb.ENCODING_INT2_FIXED
+    INT2_TOKEN = pb.ENCODING_INT2_TOKEN
 
 
 _BITS: Final = {
@@ -45,6 +47,8 @@ _BITS: Final = {
     Encoding.INT4_FIXED: 4,
     Encoding.INT8_TOKEN: 8,
     Encoding.INT4_TOKEN: 4,
+    Encoding.INT2_FIXED: 2,
+    Encoding.INT2_TOKEN: 2,
 }
 _FORWARD: Final = {
     "none": Encoding.FP32,
@@ -52,14 +56,16 @@ _FORWARD: Final = {
     "int8": Encoding.INT8_FIXED,
     "int4": Encoding.INT4_FIXED,
     "int4_token": Encoding.INT4_TOKEN,
+    "int2": Encoding.INT2_FIXED,
 }
 _BACKWARD: Final = {
     "none": Encoding.FP32,
     "bf16": Encoding.BF16,
     "int8": Encoding.INT8_TOKEN,
     "int4": Encoding.INT4_TOKEN,
+    "int2": Encoding.INT2_TOKEN,
 }
-_TOKEN_SCALED: Final = frozenset({Encoding.INT8_TOKEN, Encoding.INT4_TOKEN})
+_TOKEN_SCALED: Final = frozenset({Encoding.INT8_TOKEN, Encoding.INT4_TOKEN, Encoding.INT2_TOKEN})
 _REAL: Final = frozenset({Encoding.FP32, Encoding.BF16})
 
 
@@ -92,11 +98,11 @@ def backward_encoding(codec: CodecConfig) -> Encoding:
 
 def clip_for(codec: CodecConfig, encoding: Encoding) -> float:
     """The limit of a fixed grid; the other encodings ignore it."""
-    return codec.clip_int8 if encoding is Encoding.INT8_FIXED else codec.clip
+    return {Encoding.INT8_FIXED: codec.clip_int8, Encoding.INT2_FIXED: codec.clip_int2}.get(encoding, codec.clip)
 
 
 def values_size(encoding: Encoding, batch: int, tokens: int, width: int) -> int:
-    """Bytes of the values of a [batch, tokens, width] tensor; at 4 bits an odd count is padded with one zero code."""
+    """Bytes of the values of a [batch, tokens, width] tensor; below 8 bits the last byte is filled with zero codes."""
     return (batch * tokens * width * _BITS[encoding] + 7) // 8
 
 
@@ -223,19 +229,23 @@ def _pack_grid(unit_BTh: Tensor, bits: int, generator: torch.Generator | None) -
         # own device, so that every device rounds alike.
         steps.add_(torch.rand(steps.shape, generator=generator, device=generator.device).to(steps.device)).sub_(0.5)
     codes = steps.floor_().add_(half).clamp_(0, 2 * half - 1).to(torch.uint8).flatten()
-    return _to_bytes(codes if bits == 8 else _pack_nibbles(codes))
+    return _to_bytes(codes if bits == 8 else _pack_codes(codes, bits))
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, the earlier in the low nibble."""
-    if codes.numel() % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    pairs = codes.view(torch.int16)  # little-endian: the earlier code is the low byte
-    return (pairs | (pairs >> 4)).to(torch.uint8)
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """4-bit or 2-bit codes, two or four a byte, the earlier in the lower bits."""
+    per_byte = 8 // bits
+    if missing := -codes.numel() % per_byte:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    words = codes.view({2: torch.int16, 4: torch.int32}[per_byte])  # little-endian: the earlier code is the low byte
+    packed = words.clone()
+    for place in range(1, per_byte):
+        packed |= words >> place * (8 - bits)
+    return packed.to(torch.uint8)
 
 
 def _unpack_grid(raw: Tensor, bits: int, limit: float) -> Tensor:
-    """Values of packed codes, flat; at 4 bits an even number of them."""
+    """Values of packed codes, flat; those that fill the last byte too."""
     return _byte_values(bits, limit, raw.device).index_select(0, raw.int()).flatten()
 
 
@@ -244,8 +254,7 @@ def _byte_values(bits: int, limit: float, device: torch.device) -> Tensor:
     """What each byte stands for: [256, codes per byte]."""
     half = 2 ** (bits - 1)
     levels = (torch.arange(2 * half, dtype=torch.float32) - half + 0.5) / half * limit
-    byte = torch.arange(256)
-    codes = byte.unsqueeze(1) if bits == 8 else torch.stack((byte & 15, byte >> 4), 1)
+    codes = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, bits) & 2 * half - 1
     return torch.take(levels, codes).to(device)
 
 

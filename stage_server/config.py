@@ -121,12 +121,13 @@ class BottleneckConfig(Frozen):
 class CodecConfig(Frozen):
     """How latents and their gradients are written on the wire."""
 
-    forward: Literal["none", "bf16", "int8", "int4", "int4_token"] = Field(
+    forward: Literal["none", "bf16", "int8", "int4", "int4_token", "int2"] = Field(
         "int4",
-        description="latents; none: float32, lossless; int4 and int8: fixed grids; int4_token: a scale for each token",
+        description="latents; none: float32, lossless; int8, int4, int2: fixed grids; int4_token: with scales",
     )
-    backward: Literal["none", "bf16", "int8", "int4"] = Field("int4", description="latent gradients")
+    backward: Literal["none", "bf16", "int8", "int4", "int2"] = Field("int4", description="latent gradients")
     clip: float = Field(2.7, gt=0, description="4-bit grid covers [-clip, clip]; latents have unit RMS")
+    clip_int2: float = Field(2.0, gt=0, description="2-bit grid covers [-clip_int2, clip_int2]")
     clip_int8: float = Field(4.5, gt=0, description="8-bit grid covers [-clip_int8, clip_int8]")
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="of gradients; stochastic is seeded by run, step, microbatch and boundary"
@@ -221,7 +222,7 @@ class StageConfig(Frozen):
                 raise ValueError("bottleneck.local_loss has a learned anchor as its head: set anchor = embedding")
             if plan.tokens < 2:
                 raise ValueError("bottleneck.local_loss needs a token that follows another: plan.tokens of at least 2")
-        fixed_grid = self.codec.forward in ("int4", "int8")
+        fixed_grid = self.codec.forward in ("int8", "int4", "int2")
         if fixed_grid and not (bottleneck.enabled and bottleneck.norm):
             raise ValueError(
                 f"codec.forward = {self.codec.forward} has a fixed grid and needs bottleneck.norm = true; "

@@ -28,7 +28,7 @@ Microbatches = Annotated[
     int | None, typer.Option("--microbatches", help="Microbatches in a step.", rich_help_panel="Changes to the run")
 ]
 Codec = Annotated[
-    Literal["none", "int4", "int8", "bf16"] | None,
+    Literal["none", "int2", "int4", "int8", "bf16"] | None,
     typer.Option("--codec", help="Encoding of latents and their gradients.", rich_help_panel="Changes to the run"),
 ]
 Seed = Annotated[

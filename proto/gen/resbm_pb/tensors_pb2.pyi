@@ -37,6 +37,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """8-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
     ENCODING_INT4_TOKEN: _Encoding.ValueType  # 6
     """4-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
+    ENCODING_INT2_FIXED: _Encoding.ValueType  # 7
+    """Unsigned 2-bit codes, four a byte (lowest bits first), mid-rise grid of 4 levels over [-clip, clip]."""
+    ENCODING_INT2_TOKEN: _Encoding.ValueType  # 8
+    """2-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How the numbers of a PackedTensor are written."""
@@ -55,6 +59,10 @@ ENCODING_INT8_TOKEN: Encoding.ValueType  # 5
 """8-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
 ENCODING_INT4_TOKEN: Encoding.ValueType  # 6
 """4-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
+ENCODING_INT2_FIXED: Encoding.ValueType  # 7
+"""Unsigned 2-bit codes, four a byte (lowest bits first), mid-rise grid of 4 levels over [-clip, clip]."""
+ENCODING_INT2_TOKEN: Encoding.ValueType  # 8
+"""2-bit codes on a mid-rise grid over [-scale, scale], one 8-bit logarithmic scale per token."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _Compression:

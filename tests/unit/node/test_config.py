@@ -57,7 +57,7 @@ def test_written_file_explains_every_key() -> None:
 
 def test_written_file_shows_what_is_allowed() -> None:
     text = dump_toml(preset("demo"))
-    assert 'backward = "int4"  # "none" | "bf16" | "int8" | "int4": latent gradients' in text
+    assert 'backward = "int4"  # "none" | "bf16" | "int8" | "int4" | "int2": latent gradients' in text
     assert 'anchor = "embedding"  # "none" | "embedding" | "independent"' in text
 
 
@@ -104,7 +104,7 @@ def test_run_id_is_stable_and_depends_on_every_kind_of_field() -> None:
 
 def test_run_id_never_changes_for_a_given_file() -> None:
     """A changed default or form would cut peers of different versions apart without a word; then change this number."""
-    assert preset("tiny").run_id == "70be96e38484bee2"
+    assert preset("tiny").run_id == "ed52b0890385d88b"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_run_id_never_changes_for_a_given_file() -> None:
         ("[plan]\nsteps = 1.5", "plan.steps = 1.5 should be a valid integer"),
         (
             '[codec]\nforward = "int5"',
-            "codec.forward = 'int5' should be 'none', 'bf16', 'int8', 'int4' or 'int4_token'",
+            "codec.forward = 'int5' should be 'none', 'bf16', 'int8', 'int4', 'int4_token' or 'int2'",
         ),
         ('[bottleneck]\nwidth = "wide"', "bottleneck.width = 'wide' should be 'default' or 'narrow'"),
         ("[optimizer]\nadamw_betas = [0.9, 2]", "optimizer.adamw_betas = 2 should be less than or equal to 1"),

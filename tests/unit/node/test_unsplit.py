@@ -102,7 +102,7 @@ def test_stages_in_a_row_train_the_bits_of_the_unsplit_model(model_type: str, st
     require_equal(run(model_type, stages, codec))
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int2"])
 def test_so_they_do_with_the_other_codecs(codec: str) -> None:
     require_equal(run(codec=codec))
 

@@ -30,9 +30,10 @@ from stage_server.errors import NotFinite, Oversized, Truncated, UnknownCodec, W
 from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
 
 CLIP = 2.7
-BITS = {"FP32": 32, "BF16": 16, "INT8_FIXED": 8, "INT4_FIXED": 4, "INT8_TOKEN": 8, "INT4_TOKEN": 4}
-FIXED = [Encoding.INT8_FIXED, Encoding.INT4_FIXED]
-TOKEN = [Encoding.INT8_TOKEN, Encoding.INT4_TOKEN]
+BITS = {"FP32": 32, "BF16": 16, "INT8_FIXED": 8, "INT4_FIXED": 4, "INT2_FIXED": 2}
+BITS |= {"INT8_TOKEN": 8, "INT4_TOKEN": 4, "INT2_TOKEN": 2}
+FIXED = [Encoding.INT8_FIXED, Encoding.INT4_FIXED, Encoding.INT2_FIXED]
+TOKEN = [Encoding.INT8_TOKEN, Encoding.INT4_TOKEN, Encoding.INT2_TOKEN]
 
 encodings = st.sampled_from(list(Encoding))
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
@@ -125,6 +126,14 @@ def test_low_nibble_comes_first() -> None:
     assert pack(x, Encoding.INT4_FIXED, CLIP).values == bytes([0xF0, 0x08])
 
 
+def test_two_bits_are_four_codes_a_byte_the_earliest_lowest() -> None:
+    step = 2 * CLIP / 4
+    x = torch.tensor([[[-1.5 * step, 1.5 * step, 0.5 * step, -0.5 * step, 1.5 * step]]])  # codes 0, 3, 2, 1, 3
+    packed = pack(x, Encoding.INT2_FIXED, CLIP)
+    assert packed.values == bytes([0b01_10_11_00, 0b11])
+    torch.testing.assert_close(unpack(packed, CLIP), x)
+
+
 @given(st.sampled_from(FIXED), shapes, seeds)
 def test_fixed_grid_is_idempotent(encoding: Encoding, shape: tuple[int, int, int], seed: int) -> None:
     once = pack(tensor(shape, seed), encoding, CLIP)
@@ -214,7 +223,7 @@ def test_stochastic_rounding_depends_on_the_name_alone() -> None:
 @given(st.sampled_from(TOKEN), seeds)
 def test_stochastic_rounding_is_unbiased_inside_the_grid(encoding: Encoding, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    row = torch.tensor([1.0, 0.31, -0.07, 0.0, 0.55, -0.8])  # the 1.0 sets the scale; its own level lies below it
+    row = torch.tensor([1.0, 0.31, -0.07, 0.0, 0.55, -0.7])  # the 1.0 sets the scale; its own level lies below it
     x = row.repeat(1, 20_000, 1)
     mean = unpack(pack(x, encoding, CLIP, generator), CLIP).mean((0, 1))
     step = 2.0 / 2 ** BITS[encoding.name]
@@ -228,14 +237,18 @@ def test_stochastic_rounding_is_unbiased_inside_the_grid(encoding: Encoding, see
         ("bf16", Encoding.BF16, Encoding.BF16),
         ("int8", Encoding.INT8_FIXED, Encoding.INT8_TOKEN),
         ("int4", Encoding.INT4_FIXED, Encoding.INT4_TOKEN),
+        ("int2", Encoding.INT2_FIXED, Encoding.INT2_TOKEN),
     ],
 )
 def test_config_chooses_fixed_grids_forward_and_token_grids_backward(
     name: str, forward: Encoding, backward: Encoding
 ) -> None:
-    codec = CodecConfig.model_validate({"forward": name, "backward": name, "clip": 2.0, "clip_int8": 4.0})
+    codec = CodecConfig.model_validate(
+        {"forward": name, "backward": name, "clip": 2.5, "clip_int8": 4.0, "clip_int2": 1.5}
+    )
     assert (forward_encoding(codec), backward_encoding(codec)) == (forward, backward)
-    assert clip_for(codec, Encoding.INT4_FIXED) == 2.0
+    assert clip_for(codec, Encoding.INT2_FIXED) == 1.5
+    assert clip_for(codec, Encoding.INT4_FIXED) == 2.5
     assert clip_for(codec, Encoding.INT8_FIXED) == 4.0
 
 
