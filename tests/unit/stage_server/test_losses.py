@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from stage_server.bottleneck import rms_norm
-from stage_server.config import StageConfig
-from stage_server.losses import local_loss, local_loss_weight, with_gradient_of
+from stage_server.config import CodecConfig, StageConfig
+from stage_server.ids import MicrobatchId, MicrobatchKind, StepIndex
+from stage_server.losses import local_loss, local_loss_weight, next_token_loss, with_gradient_of
 from stage_server.module import StageModule
+from stage_server.trainer import StageTrainer
 
+X = TypeVar("X")
 B, T, D, V = 2, 7, 8, 50
 
 
@@ -21,6 +27,11 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def ids_BT(seed: int = 0) -> Tensor:
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def present(value: X | None) -> X:
+    assert value is not None
+    return value
 
 
 def test_it_is_the_mean_over_all_tokens_with_a_successor() -> None:
@@ -77,6 +88,34 @@ def test_it_fades_over_its_part_of_the_run() -> None:
     assert weights == pytest.approx([0.2, 0.196, 0.1, 0.004, 0.0, 0.0, 0.0, 0.0])
     assert local_loss_weight(config(local_loss=0.8), 50) == pytest.approx(0.1)
     assert local_loss_weight(config(), 1) == 0.0
+
+
+def test_stages_follow_the_gradient_of_all_losses_together() -> None:
+    """Against autograd of one sum, the last stage's loss and each earlier one's, through an uncut chain of modules."""
+    chosen = config(local_loss=0.8).model_copy(update={"codec": CodecConfig(forward="none", backward="none")})
+    name = MicrobatchId(StepIndex(10), MicrobatchKind.TRAIN, 0)
+    token_ids = np.random.default_rng(0).integers(0, V, (B, T + 1), dtype=np.int32)
+    first, middle, last = (StageTrainer(chosen, "run", stage, activation_budget_bytes=1 << 30) for stage in range(3))
+    received = middle.forward(name, token_ids, first.forward(name, token_ids, None))
+    _, gradients = last.forward_backward(name, token_ids, received)
+    assert gradients is not None
+    first.backward(name, present(middle.backward(name, gradients)))
+
+    modules = [StageModule(chosen, stage) for stage in range(3)]
+    ids = torch.from_numpy(token_ids).long()
+    total, x = torch.zeros(()), None
+    for module in modules:
+        streams: list[Tensor] = []
+        list(module.model.layers.values())[-1].register_forward_hook(lambda *call, kept=streams: kept.append(call[-1]))
+        x = module(ids[:, :-1], x)
+        if not module.is_last:
+            table = module.model.embed_tokens if module.is_first else module.anchors[str(module.stage)]
+            total = total + 0.8 * 0.9 / 4 * local_loss(streams[0], ids[:, :-1], table.weight)
+    (total + next_token_loss(present(x), ids[:, 1:]) / 4).backward()
+    for trainer, module in zip((first, middle, last), modules, strict=True):
+        expected = dict(module.named_parameters())
+        for parameter, tensor in trainer.module.named_parameters():
+            torch.testing.assert_close(tensor.grad, expected[parameter].grad, rtol=1e-4, atol=1e-7, msg=parameter)
 
 
 def test_what_cannot_be_is_refused() -> None:

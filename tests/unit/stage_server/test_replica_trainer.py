@@ -26,7 +26,7 @@ CONFIG = StageConfig(
         num_key_value_heads=2,
         max_position_embeddings=16,
     ),
-    bottleneck=BottleneckConfig(width=4),
+    bottleneck=BottleneckConfig(width=4, local_loss=0.3),
     codec=CodecConfig(forward="none", backward="none"),
     plan=PlanConfig(steps=4, microbatches_per_step=4, batch=1, tokens=8),
 )

@@ -39,7 +39,7 @@ def run(stages: int = 3, codec: str = "int4", precision: str = "fp32", **parts: 
     values: dict[str, Any] = {
         "stages": stages,
         "model": model,
-        "bottleneck": {"width": 6},
+        "bottleneck": {"width": 6, "local_loss": 0.3},
         "codec": {"forward": codec, "backward": codec},
         "compute": {"precision": precision},
         "plan": {"steps": 6, "microbatches_per_step": MICROBATCHES, "batch": 2, "tokens": 16},
