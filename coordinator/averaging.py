@@ -144,7 +144,7 @@ class ReplicaAveraging:
 
         Args:
             key: names the round, alike for all members and never used again, not even to repeat a failed round: run,
-                stage, step, lineage, number.
+                stage, step, lineage, number, shares.
             members: addresses of exactly those who take part, this one among them, in any order.
             count: microbatches that `values` holds; may be 0, with `values` all zero.
             within: for the whole round, including the wait until the others come.

@@ -214,8 +214,9 @@ class Sums:
         else:
             names = self._duties.names(proposed.shares[self._duties.agreement.peer])
             weight = await self._peer.order(partial(self._write, names, proposed.step, averaging.values))
-        key = f"{self._place}/{proposed.step}/{proposed.lineage}/{proposed.number}"
-        result = await averaging.sum(key, members, weight, self._patience(len(averaging.values)))
+        result = await averaging.sum(
+            round_key(self._place, proposed), members, weight, self._patience(len(averaging.values))
+        )
         weight = result.num_microbatches
         if not self._trainer.can_be_whole(weight):
             raise AveragingFailed(Reason.NOT_VERIFIED, f"the sum of step {proposed.step} holds {weight} microbatches")
@@ -246,6 +247,15 @@ class Sums:
         if not self._took:
             return PATIENCE_FIRST + num_values * PATIENCE_A_VALUE
         return max(PATIENCE_LEAST, timedelta(seconds=PATIENCE_FACTOR * max(self._took)))
+
+
+def round_key(place: str, proposed: Round) -> str:
+    """What the members of a round meet under.
+
+    It names the shares: two leaders that do not see each other may give one number to different ones, and members of
+    both would add up a microbatch twice and leave another out.
+    """
+    return f"{place}/{proposed.step}/{proposed.lineage}/{proposed.number}/{digest_of_shares(proposed)}"
 
 
 def _num_shared(proposed: Round) -> int:
