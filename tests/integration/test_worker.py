@@ -199,6 +199,11 @@ def unreachable(scene: Scene) -> str:
     return encode_ticket(true.run_id, [f"/ip4/127.0.0.1/tcp/{closed_port()}/p2p/{stranger}"], true.publisher)
 
 
+def garbage(scene: Scene) -> str:
+    last = scene.ticket[-1]
+    return scene.ticket[:-1] + ("1" if last != "1" else "2")
+
+
 def unpublished(scene: Scene) -> str:
     true = decode_ticket(scene.ticket)
     return encode_ticket("f" * 16, true.bootstrap, true.publisher)
@@ -223,7 +228,7 @@ class Refusal:
 
 REFUSALS = {
     "unreachable ticket": Refusal(302, "network", "", lambda scene, _: {"ticket": unreachable(scene)}),
-    "garbage ticket": Refusal(301, "network", "checksum", lambda scene, _: {"ticket": scene.ticket[:-1] + "1"}),
+    "garbage ticket": Refusal(301, "network", "checksum", lambda scene, _: {"ticket": garbage(scene)}),
     "run not published": Refusal(306, "", "f" * 16, lambda scene, _: {"ticket": unpublished(scene)}),
     "stage out of range": Refusal(310, "stage", "stage 2", lambda scene, _: {"ticket": scene.ticket, "stage": 2}),
     "port taken": Refusal(105, "reach", "127.0.0.1:", lambda scene, port: {"ticket": scene.ticket, "port": port}),
@@ -266,7 +271,12 @@ def refusals(scene: Scene) -> dict[str, Ended]:
         port = int(taken.getsockname()[1])
         names = list(REFUSALS)
         batches = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
-        return {name: ended for batch in batches for name, ended in end(batch).items()}
+        try:
+            return {name: ended for batch in batches for name, ended in end(batch).items()}
+        except BaseException:
+            for process in marked(mark):  # one that is not refused works on, and the others are waited for with it
+                process.kill()
+            raise
 
 
 @pytest.mark.parametrize("name", REFUSALS)
