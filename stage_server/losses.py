@@ -40,8 +40,8 @@ def local_loss(x_BTD: Tensor, ids_BT: Tensor, head_VD: Tensor) -> Tensor:
 def local_loss_weight(config: StageConfig, step: int) -> float:
     """What a microbatch of this step (1-based) counts its local loss: its share of the step, and fading over the run.
 
-    Early it brings latents to life; what an early stage knows of the next token is not what a later one needs of it, so
-    later the last stage's loss is all.
+    It is meant to bring latents to life early. What an early stage knows of the next token need not be what a later one
+    needs of it, so the last stage's loss has the last word.
     """
     bottleneck, plan = config.bottleneck, config.plan
     if not bottleneck.enabled:
