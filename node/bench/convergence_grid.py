@@ -38,6 +38,7 @@ class Grid(Frozen):
     """A grid file."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    extends: str = Field("", description="shipped grid whose preset, seeds and run this one changes")
     preset: str = Field("demo", description="shipped run that all variants start from")
     seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="of weights and data order")
     run: dict[str, Any] = Field(default_factory=dict, description="what all variants change in the preset")
@@ -70,13 +71,20 @@ class Cell:
 def parse(text: str, origin: str) -> Grid:
     """The grid of a TOML text. Raises ConfigUnreadable, ConfigInvalid."""
     try:
-        return Grid.model_validate(tomllib.loads(text))
+        grid = Grid.model_validate(tomllib.loads(text))
+        return grid if not grid.extends else _extended(shipped(grid.extends), grid)
     except tomllib.TOMLDecodeError as error:
         raise ConfigUnreadable(f"{origin} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         raise ConfigInvalid(f"{origin}: {path}: {first['msg']}") from error
+
+
+def _extended(base: Grid, grid: Grid) -> Grid:
+    """A grid with what it leaves unsaid taken from another one; their runs are merged."""
+    unsaid = {key: getattr(base, key) for key in ("preset", "seeds") if key not in grid.model_fields_set}
+    return grid.model_copy(update=unsaid | {"run": _merged(base.run, grid.run)})
 
 
 def shipped(name: str) -> Grid:

@@ -86,6 +86,7 @@ def test_another_config_is_another_cell() -> None:
         (TEXT + '[[variants]]\nname = "ours"\ntitle = "again"', ConfigInvalid, "two variants are called ours"),
         (TEXT.replace("rates =", "rate ="), ConfigInvalid, "variants.1.rate"),
         (TEXT.replace("seeds = [3, 4, 5]", "seeds = []"), ConfigInvalid, "seeds"),
+        (TEXT.replace("preset =", "extends ="), ConfigInvalid, "there is no grid 'tiny'"),
     ],
 )
 def test_bad_grids_are_refused(text: str, error: type[Exception], words: str) -> None:
@@ -110,6 +111,18 @@ def test_shipped_grids_can_be_run(name: str) -> None:
     grid = shipped(name)
     for cell in cells_to_run(grid, {}):
         assert cell.config.plan.evaluate_every and cell.config.plan.evaluation_microbatches
+
+
+def test_a_grid_may_change_another_ones_run() -> None:
+    text = TEXT.replace('preset = "tiny"', 'extends = "main"').replace("width = 64", "width = 192")
+    grid, main = parse(text, "here"), shipped("main")
+    ours = cells_to_run(grid, {})[1].config
+    assert grid.preset == main.preset
+    assert (ours.plan.steps, ours.plan.batch) == (7, 8), "what it says itself, and what it leaves unsaid"
+    assert ours.model.hidden_size == main.run["model"]["hidden_size"]
+    assert [variant.name for variant in grid.variants] == ["fair", "ours"]
+    assert grid.seeds == (3, 4, 5)
+    assert parse(text.replace("seeds = [3, 4, 5]", ""), "here").seeds == main.seeds
 
 
 def test_unknown_grid() -> None:
