@@ -4,6 +4,7 @@
               z  = u[:h] + W_e u                     rectangular identity + learned projection
               b  = RMSNorm( z - mean so far of z )
     decoder:  x' = anchor(ids) + zeropad(g * b) + W_d (g * b)      g: learned gain per channel
+                   + sum over k of W_k (g * b)(t - k)              latent taps, off by default
 
 After ResBM (arXiv 2604.11947), section 3, with the norm, the gain and the anchors added: without the norm latents grow
 by an order of magnitude at every boundary, and with anchors latents need not carry which token stands where. Without
@@ -34,6 +35,11 @@ def centred(z_BTh: Tensor) -> Tensor:
     """z minus the mean of its sequence up to and with itself: causal, so a text can be generated token by token."""
     counts_T1 = torch.arange(1, z_BTh.shape[1] + 1, dtype=z_BTh.dtype, device=z_BTh.device).unsqueeze(-1)
     return z_BTh - z_BTh.cumsum(dim=1) / (counts_T1 + CENTRE_PRIOR)
+
+
+def delayed(x_BTh: Tensor, distance: int) -> Tensor:
+    """Each token's place taken by the one so many tokens before, zeros where there is none."""
+    return nn.functional.pad(x_BTh, (0, 0, distance, 0))[:, : x_BTh.shape[1]]
 
 
 class Encoder(nn.Module):
@@ -82,14 +88,27 @@ class Decoder(nn.Module):
             self.register_buffer("weight", torch.empty(hidden, width), persistent=False)
         else:
             self.register_parameter("weight", None)
+        # without projections a tap is a weight per channel: matrices as large as the stream's are no part of a boundary
+        shape = (hidden, width) if config.projection == "linear" else (width,)
+        distances = range(1, config.latent_taps + 1)
+        self.earlier = nn.ParameterDict({str(distance): torch.empty(shape) for distance in distances})
 
     def forward(self, b_BTh: Tensor, anchor_BTD: Tensor | None) -> Tensor:
         """The stream [B, T, D] of latents [B, T, h] to which the gain is already applied."""
         x_BTD = _sum(
-            nn.functional.pad(b_BTh, (0, self.padding)) if self.identity else None,
+            self._padded(b_BTh) if self.identity else None,
             None if self.weight is None else nn.functional.linear(b_BTh, self.weight),
         )
+        for distance, weight in self.earlier.items():
+            earlier_BTh = delayed(b_BTh, int(distance))
+            is_matrix = weight.ndim == 2
+            x_BTD = x_BTD + (
+                nn.functional.linear(earlier_BTh, weight) if is_matrix else self._padded(weight * earlier_BTh)
+            )
         return x_BTD if anchor_BTD is None else x_BTD + anchor_BTD
+
+    def _padded(self, b_BTh: Tensor) -> Tensor:
+        return nn.functional.pad(b_BTh, (0, self.padding))
 
 
 class Boundary(nn.Module):

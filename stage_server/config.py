@@ -107,6 +107,12 @@ class BottleneckConfig(Frozen):
         ge=0,
         description="earlier tokens that each stage mixes into its learned anchor, a weight per channel; 0: none",
     )
+    latent_taps: int = Field(
+        0,
+        ge=0,
+        description="earlier latents that each decoder reads too, each through a projection of its own (a weight per "
+        "channel where there are no projections); 0: none",
+    )
     pair_rows: int = Field(
         0, ge=0, description="rows of each stage's hashed table of token pairs, added to its learned anchor; 0: none"
     )
@@ -208,10 +214,10 @@ class StageConfig(Frozen):
             raise ValueError("bottleneck.identity = false with projection = none lets nothing cross the boundary")
         if bottleneck.enabled and bottleneck.projection == "subspace":
             ours = (bottleneck.identity, bottleneck.centre, bottleneck.norm, bottleneck.gain, bottleneck.bias)
-            if any(ours) or bottleneck.anchor is not AnchorKind.FIXED:
+            if any(ours) or bottleneck.latent_taps or bottleneck.anchor is not AnchorKind.FIXED:
                 raise ValueError(
-                    "bottleneck.projection = subspace needs identity, centre, norm, gain and bias = false and "
-                    "anchor = fixed"
+                    "bottleneck.projection = subspace needs identity, centre, norm, gain and bias = false, "
+                    "latent_taps = 0 and anchor = fixed"
                 )
         elif bottleneck.anchor is AnchorKind.FIXED:
             raise ValueError("bottleneck.anchor = fixed is for bottleneck.projection = subspace alone")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stage_server.bottleneck import delayed
+
 _HASH_BEFORE, _HASH_HERE = 0x9E3779B1, 0x85EBCA6B  # odd, so that all rows are reached; products stay below 2**63
 _HASH_LOW = 1 << 16  # the low bits of a product know the low bits of an id alone
 _NO_TOKEN = -1
@@ -41,8 +43,7 @@ class LocalContext(nn.Module):
         in_context_BTD = anchor_BTD
         if self.taps is not None:
             for distance, weight_D in enumerate(self.taps, start=1):
-                earlier_BTD = nn.functional.pad(anchor_BTD, (0, 0, distance, 0))[:, : anchor_BTD.shape[1]]
-                in_context_BTD = in_context_BTD + weight_D * earlier_BTD
+                in_context_BTD = in_context_BTD + weight_D * delayed(anchor_BTD, distance)
         if self.pairs is not None:
             in_context_BTD = in_context_BTD + self.pairs(pair_rows_BT(ids_BT, self.pairs.num_embeddings))
         return in_context_BTD

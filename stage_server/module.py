@@ -222,7 +222,7 @@ def initial_value(config: StageConfig, name: str, shape: torch.Size) -> Tensor:
     owner, leaf = name.split(".", maxsplit=1)[0], name.rsplit(".", maxsplit=1)[-1]
     if owner == "anchors" and config.bottleneck.anchor is AnchorKind.EMBEDDING:
         name = EMBEDDING_NAME
-    if leaf == "bias" or owner == "contexts":
+    if leaf == "bias" or owner == "contexts" or ".decoder.earlier." in name:
         return torch.zeros(shape)
     if owner == "biases":
         return torch.full(shape, INITIAL_RATIO * config.model.initializer_range)

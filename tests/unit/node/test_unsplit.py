@@ -116,7 +116,7 @@ def test_so_they_do_with_the_other_codecs(codec: str) -> None:
         {"bottleneck": {"enabled": False}, "codec": {"forward": "none", "backward": "int4"}},
         {"bottleneck": {"width": 6, "anchor": "independent", "projection": "none"}},
         {"bottleneck": {"width": 6, "anchor": "none", "identity": False, "gain": False}},
-        {"bottleneck": {"width": 6, "taps": 2, "pair_rows": 40}},
+        {"bottleneck": {"width": 6, "taps": 2, "latent_taps": 2, "pair_rows": 40}},
         {"bottleneck": {"width": 6, "centre": False, "bias": False}},
         {"bottleneck": {"width": 6, "local_loss": 0.3}},
         {"model": {"embedding_multiplier": 50.0, "residual_init": 0.1}, "bottleneck": {"width": 6, "local_loss": 0.3}},

@@ -21,6 +21,7 @@ VARIANTS = [
     )
     if identity or projection == "linear"
 ]
+TAPPED = [*VARIANTS, *({**variant, "latent_taps": 2} for variant in VARIANTS if variant["identity"])]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -51,7 +52,7 @@ def test_encoder_is_its_formula(variant: dict[str, Any], with_anchor: bool) -> N
     torch.testing.assert_close(sender.encode(x, anchor if with_anchor else None), b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", TAPPED, ids=str)
 @pytest.mark.parametrize("with_anchor", [True, False])
 def test_decoder_is_its_formula(variant: dict[str, Any], with_anchor: bool) -> None:
     receiver = receiving_side(BottleneckConfig(**variant), D, H)
@@ -64,6 +65,13 @@ def test_decoder_is_its_formula(variant: dict[str, Any], with_anchor: bool) -> N
     if variant["projection"] == "linear":
         assert receiver.decoder is not None
         x = x + scaled @ receiver.decoder.weight.T
+    for distance in range(1, variant.get("latent_taps", 0) + 1):
+        assert receiver.decoder is not None
+        weight, earlier = receiver.decoder.earlier[str(distance)], scaled[:, :-distance]
+        if variant["projection"] == "linear":
+            x[:, distance:] += earlier @ weight.T
+        else:
+            x[:, distance:, :H] += weight * earlier
     torch.testing.assert_close(receiver.decode(b, anchor if with_anchor else None), x, rtol=1e-4, atol=1e-5)
 
 

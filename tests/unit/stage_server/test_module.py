@@ -128,7 +128,9 @@ def test_what_layers_add_to_the_stream_can_start_smaller() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("changes", [{}, PLAIN, {"bottleneck": {"taps": 3, "pair_rows": 50}}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, PLAIN, {"bottleneck": {"taps": 3, "latent_taps": 2, "pair_rows": 50}}], ids=str
+)
 def test_future_tokens_do_not_change_past_logits(model_type: str, changes: dict[str, Any]) -> None:
     config = run(model_type, **changes)
     stages = [StageModule(config, stage) for stage in range(config.stages)]
@@ -247,6 +249,8 @@ def test_names_say_where_a_parameter_belongs() -> None:
         {"anchor": "none"},
         {"anchor": "independent"},
         {"taps": 2, "pair_rows": 64},
+        {"latent_taps": 2},
+        {"width": 32, "projection": "none", "latent_taps": 2},
         {"bias": False, "taps": 0},
         {"centre": False},
         {"width": 32, "projection": "none"},  # uncompressed, with norm and anchors: the fair control

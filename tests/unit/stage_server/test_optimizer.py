@@ -64,6 +64,8 @@ def test_schedule_of_the_defaults() -> None:
         ("model.layers.3.self_attn.q_proj.weight", (4, 4), True),
         ("boundaries.0.encoder.weight", (2, 4), True),
         ("boundaries.0.decoder.weight", (4, 2), True),
+        ("boundaries.0.decoder.earlier.1", (4, 2), True),
+        ("boundaries.0.decoder.earlier.1", (2,), False),
         ("boundaries.0.gain", (2,), False),
         ("model.embed_tokens.weight", (9, 4), False),
         ("anchors.1.weight", (9, 4), False),
