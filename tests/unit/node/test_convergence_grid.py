@@ -106,7 +106,7 @@ def test_shipped_grids_compare_what_the_summary_needs(name: str) -> None:
     assert {"uncompressed", "fair", "ours_128x", "control"} <= roles
 
 
-@pytest.mark.parametrize("name", ["quick", "main", "longer", "wider", "deep", "questions", "vocabulary-2048"])
+@pytest.mark.parametrize("name", ["quick", "main", "longer", "wider", "width-192", "preset-demo", "deep", "questions", "vocabulary-2048"])
 def test_shipped_grids_can_be_run(name: str) -> None:
     grid = shipped(name)
     for cell in cells_to_run(grid, {}):
