@@ -23,9 +23,13 @@ class Result:
     cells: Sequence[Sequence[Point]]  # by seed, in order of their steps
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        """Final validation losses, nats per token; the grid's first seed is always there."""
+        return {cell[-1].seed: cell[-1].val_loss for cell in self.cells}
+
+    @property
     def losses(self) -> list[float]:
-        """Final validation losses, nats per token, by seed."""
-        return [cell[-1].val_loss for cell in self.cells]
+        return list(self.by_seed.values())
 
     @property
     def loss(self) -> float:
@@ -67,6 +71,18 @@ def results_of(grid: Grid, points: Iterable[Point]) -> list[Result]:
     return results
 
 
+def on_equal_seeds(*results: Result) -> list[float]:
+    """The mean loss of each over the seeds that all of them have: a lucky seed is lucky for all."""
+    seeds = set.intersection(*(set(result.by_seed) for result in results))
+    return [statistics.mean(result.by_seed[seed] for seed in seeds) for result in results]
+
+
+def gap(result: Result, to: Result) -> float:
+    """By how much the first one's loss is higher, on equal seeds, nats per token."""
+    loss, other = on_equal_seeds(result, to)
+    return loss - other
+
+
 def by_roles(results: Sequence[Result]) -> dict[str, Result]:
     """The variants that have a role."""
     return {str(result.variant.role): result for result in results if result.variant.role}
@@ -84,7 +100,7 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
         ("control_gap_128x", "control", "ours_128x"),
     ):
         if role in by_role and against in by_role:
-            summary[key] = by_role[role].loss - by_role[against].loss
+            summary[key] = gap(by_role[role], by_role[against])
     for role in ("ours_128x", "ours_512x"):
         if role in by_role:
             summary[f"wire_compression_{role.removeprefix('ours_')}"] = by_role[role].wire_compression
@@ -99,12 +115,12 @@ def summary_of(results: Sequence[Result]) -> dict[str, Any]:
 def share_of_depth(result: Result, by_role: Mapping[str, Result]) -> float | None:
     """Of what the fair control has over the last stage alone, the part that a compressed variant keeps.
 
-    None where there is no wire, or where depth is worth nothing.
+    On equal seeds. None where there is no wire, or where depth is worth nothing.
     """
     if result.wire_compression is None or not {"fair", "control"} <= by_role.keys():
         return None
-    control, fair = by_role["control"].loss, by_role["fair"].loss
-    return (control - result.loss) / (control - fair) if control > fair else None
+    loss, control, fair = on_equal_seeds(result, by_role["control"], by_role["fair"])
+    return (control - loss) / (control - fair) if control > fair else None
 
 
 def seed_noise(results: Sequence[Result]) -> float | None:
@@ -125,7 +141,7 @@ def table_of(results: Sequence[Result]) -> Table:
             str(len(result.losses)),
             f"{result.loss:.3f}",
             f"{min(result.losses):.3f} to {max(result.losses):.3f}",
-            f"{result.loss - fair.loss:+.3f}" if fair else "",
+            f"{gap(result, fair):+.3f}" if fair else "",
             "-" if (share := share_of_depth(result, by_role)) is None else f"{100 * share:.0f} %",
             "-" if result.wire_worth is None else f"{result.wire_worth:.3f}",
         ]

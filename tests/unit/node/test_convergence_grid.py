@@ -106,7 +106,9 @@ def test_shipped_grids_compare_what_the_summary_needs(name: str) -> None:
     assert {"uncompressed", "fair", "ours_128x", "control"} <= roles
 
 
-@pytest.mark.parametrize("name", ["quick", "main", "longer", "wider", "width-192", "preset-demo", "deep", "questions", "vocabulary-2048"])
+@pytest.mark.parametrize(
+    "name", ["quick", "main", "longer", "wider", "width-192", "preset-demo", "deep", "questions", "vocabulary-2048"]
+)
 def test_shipped_grids_can_be_run(name: str) -> None:
     grid = shipped(name)
     for cell in cells_to_run(grid, {}):
@@ -180,6 +182,20 @@ def test_the_share_of_depth_lies_between_the_control_and_the_fair_one() -> None:
     assert shares(2.4) == pytest.approx({"fair": 1.0, "ours": 0.75})
     assert shares(2.05) == pytest.approx({"fair": 1.0, "ours": -1.0})
     assert shares(1.9) is None
+
+
+def test_what_one_seed_has_done_is_compared_with_the_same_seed() -> None:
+    """A second seed of the control alone moves no difference."""
+    grid = small()
+    first = [cell for cell in cells_to_run(grid, {}) if cell.rate == 1.0]
+    second = cells_to_run(grid, {cell.key: 0.0 for cell in cells_to_run(grid, {})})[0]
+    assert (second.variant, second.seed) == ("fair", 4)
+    points = [point(cell, {"fair": 2.0, "ours": 2.1}[cell.variant], 100.0) for cell in first]
+    for further in ([], [point(second, 1.0, 100.0)]):
+        results = results_of(grid, [*points, *further])
+        assert summary_of(results)["gap_128x"] == pytest.approx(0.1)
+        assert table_of(results).rows[1][7] == "+0.100"
+    assert summary_of(results)["loss"]["fair"] == 1.5
 
 
 def test_a_torn_line_is_left_out(tmp_path_factory: pytest.TempPathFactory) -> None:
