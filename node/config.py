@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from node import toml_text
 from node.errors import ConfigImpossible, ConfigInvalid, ConfigUnreadable
+from stage_server.codec_names import CodecName
 from stage_server.config import DilocoConfig, Fraction, Frozen, StageConfig
 from stage_server.ids import RunId
 
@@ -30,8 +31,6 @@ FILE_HEADER = """\
 # A run of resbm-node. Every key is part of the run's identity: change one and it is another run.
 # Publish it: resbm-node coordinator --run FILE. Train it in one process: resbm-node reference --run FILE.
 """
-
-CodecName = Literal["none", "bf16", "int8", "int4", "int2"]
 
 
 class DataConfig(Frozen):
@@ -122,7 +121,7 @@ class RunConfig(StageConfig):
         stages: int | None = None,
         steps: int | None = None,
         microbatches: int | None = None,
-        codec: CodecName | str | None = None,
+        codec: CodecName | None = None,
         seed: int | None = None,
     ) -> RunConfig:
         """The run with what the command line changes; None leaves a value. `codec` sets both directions.

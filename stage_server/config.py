@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stage_server.codec_names import BackwardCodec, ForwardCodec
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -127,11 +129,11 @@ class BottleneckConfig(Frozen):
 class CodecConfig(Frozen):
     """How latents and their gradients are written on the wire."""
 
-    forward: Literal["none", "bf16", "int8", "int4", "int4_token", "int2"] = Field(
+    forward: ForwardCodec = Field(
         "int4",
         description="latents; none: float32, lossless; int8, int4, int2: fixed grids; int4_token: with scales",
     )
-    backward: Literal["none", "bf16", "int8", "int4", "int2"] = Field("int4", description="latent gradients")
+    backward: BackwardCodec = Field("int4", description="latent gradients")
     clip: float = Field(2.7, gt=0, description="4-bit grid covers [-clip, clip]; latents have unit RMS")
     clip_int2: float = Field(2.0, gt=0, description="2-bit grid covers [-clip_int2, clip_int2]")
     clip_int8: float = Field(4.5, gt=0, description="8-bit grid covers [-clip_int8, clip_int8]")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from node.bench.common import JsonLines, OutFile, Quick, Report, Table, Watcher, watching
+from stage_server.codec_names import CodecName
 
 if TYPE_CHECKING:
     from node.bench.frames import FrameCounter, Traffic
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from node.data import Corpus
 
 PRESETS = ("demo", "wide", "narrow", "h4096", "h4096-narrow")
-OTHER_CODECS = ("int8", "bf16", "none")
+OTHER_CODECS: tuple[CodecName, ...] = ("int8", "bf16", "none")
 """Measured on the first preset, with the weights that int4 has trained."""
 
 WIDEST_TRAINED = 1024

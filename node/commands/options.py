@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stage_server.codec_names import CodecName
 
 if TYPE_CHECKING:
     from node.config import RunConfig
@@ -28,7 +30,7 @@ Microbatches = Annotated[
     int | None, typer.Option("--microbatches", help="Microbatches in a step.", rich_help_panel="Changes to the run")
 ]
 Codec = Annotated[
-    Literal["none", "int2", "int4", "int8", "bf16"] | None,
+    CodecName | None,
     typer.Option("--codec", help="Encoding of latents and their gradients.", rich_help_panel="Changes to the run"),
 ]
 Seed = Annotated[
@@ -60,7 +62,7 @@ def chosen_run(
     stages: int | None = None,
     steps: int | None = None,
     microbatches: int | None = None,
-    codec: str | None = None,
+    codec: CodecName | None = None,
     seed: int | None = None,
 ) -> RunConfig:
     """The run file or preset (default: demo), with the changes of the command line.
