@@ -142,7 +142,7 @@ def table_of(results: Sequence[Result]) -> Table:
             f"{result.loss:.3f}",
             f"{min(result.losses):.3f} to {max(result.losses):.3f}",
             f"{gap(result, fair):+.3f}" if fair else "",
-            "-" if (share := share_of_depth(result, by_role)) is None else f"{100 * share:.0f} %",
+            _percent(share_of_depth(result, by_role)),
             "-" if result.wire_worth is None else f"{result.wire_worth:.3f}",
         ]
         for result in results
@@ -171,3 +171,8 @@ def table_of_run(grid: Grid) -> Table:
 
 def _factor(compression: float | None) -> str:
     return "-" if compression is None else f"{compression:.1f}" if compression < 10 else f"{compression:.0f}"
+
+
+def _percent(share: float | None) -> str:
+    """How far below nothing a share lies says nothing."""
+    return "-" if share is None else "< 0 %" if share < 0 else f"{100 * share:.0f} %"

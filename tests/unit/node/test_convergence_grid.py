@@ -173,15 +173,19 @@ def test_the_share_of_depth_lies_between_the_control_and_the_fair_one() -> None:
     control = '[[variants]]\nname = "alone"\ntitle = "alone"\nrole = "control"\nrun.stages = 1'
     grid = parse(f"{TEXT}\n{control}", "here")
 
-    def shares(alone: float) -> object:
+    def results(alone: float) -> list[Result]:
         losses = {"fair": 2.0, "ours": 2.1, "alone": alone}
         cells = [cell for cell in cells_to_run(grid, {}) if cell.rate == 1.0]
-        points = [point(c, losses[c.variant], None if c.variant == "alone" else 100.0) for c in cells]
-        return summary_of(results_of(grid, points)).get("share_of_depth")
+        return results_of(grid, [point(c, losses[c.variant], None if c.variant == "alone" else 100.0) for c in cells])
+
+    def shares(alone: float) -> object:
+        return summary_of(results(alone)).get("share_of_depth")
 
     assert shares(2.4) == pytest.approx({"fair": 1.0, "ours": 0.75})
     assert shares(2.05) == pytest.approx({"fair": 1.0, "ours": -1.0})
     assert shares(1.9) is None
+    in_the_table = [[row[-2] for row in table_of(results(alone)).rows] for alone in (2.4, 2.05, 1.9)]
+    assert in_the_table == [["100 %", "75 %", "-"], ["100 %", "< 0 %", "-"], ["-", "-", "-"]]
 
 
 def test_what_one_seed_has_done_is_compared_with_the_same_seed() -> None:
