@@ -4,7 +4,7 @@
               z  = u[:h] + W_e u                     rectangular identity + learned projection
               b  = RMSNorm( z - mean so far of z )
     decoder:  x' = anchor(ids) + zeropad(g * b) + W_d (g * b)      g: learned gain per channel
-                   + sum over k of W_k (g * b)(t - k)              latent taps, off by default
+                   + sum over k of W_k (g * b)(t - k)              latent taps
 
 After ResBM (arXiv 2604.11947), section 3, with the norm, the gain and the anchors added: without the norm latents grow
 by an order of magnitude at every boundary, and with anchors latents need not carry which token stands where. Without

@@ -110,7 +110,7 @@ class BottleneckConfig(Frozen):
         description="earlier tokens that each stage mixes into its learned anchor, a weight per channel; 0: none",
     )
     latent_taps: int = Field(
-        0,
+        2,
         ge=0,
         description="earlier latents that each decoder reads too, each through a projection of its own (a weight per "
         "channel where there are no projections); 0: none",

@@ -39,6 +39,8 @@ OutFile = Annotated[
 
 PLAIN_PERIOD_SECONDS = 10.0
 """Between lines where output goes to a file."""
+FILE_WIDTH = 200
+"""Columns for tables that go to a file or a pipe: nothing there says how many there are, and 80 break their words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,9 @@ def watching(*, json_lines: bool) -> Iterator[Watcher]:
     from rich.console import Console
 
     console = Console(highlight=False)
-    watcher = TerminalWatcher(console if console.is_terminal else Console(highlight=False, soft_wrap=True))
+    watcher = TerminalWatcher(
+        console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=FILE_WIDTH)
+    )
     with watcher.progress:
         yield watcher
 

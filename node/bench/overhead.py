@@ -144,7 +144,7 @@ def config_of(hidden: int, plan: Plan, *, dense: bool) -> RunConfig:
         "vocab_size": MEASURED_VOCABULARY,
         "max_position_embeddings": max(2048, plan.tokens),
     }
-    values["bottleneck"]["width"] = "default"
+    values["bottleneck"] |= {"width": "default", "local_loss": 0.0}
     values["plan"] |= {"batch": 1, "tokens": plan.tokens}
     if dense:
         values["bottleneck"]["enabled"] = False

@@ -124,12 +124,12 @@ def test_overhead_counts_what_the_bottleneck_adds(tmp_path: Path) -> None:
     summary, result = bench(*arguments, folder=tmp_path)
     measured = result["measurements"][0]
     hidden, width, tokens = 128, 4, 32
-    learned = (2 * hidden * width) + width + hidden + 3 * hidden  # W_e and W_d, gain, bias, taps
+    learned = (4 * hidden * width) + width + hidden + 3 * hidden  # W_e, W_d and two latent taps; gain, bias, taps
     assert measured["ours"]["boundary_parameters"] == learned
     assert measured["ours"]["anchor_parameters"] == 32_768 * hidden
     assert measured["dense"]["boundary_parameters"] == measured["dense"]["anchor_parameters"] == 0
     assert measured["ours"]["layer_parameters"] == measured["dense"]["layer_parameters"]
     added = measured["ours"]["flops"] - measured["dense"]["flops"]
-    assert added == 2 * 3 * (2 * hidden * width) * tokens, "two products, forward and twice backward"
+    assert added == 2 * 3 * (4 * hidden * width) * tokens, "four products, forward and twice backward"
     assert summary["flops_share"] == pytest.approx(added / measured["dense"]["flops"])
     assert summary["time_ratio"]["128"] > 0

@@ -15,7 +15,7 @@ from stage_server.config import BottleneckConfig
 D, H = 10, 4
 
 VARIANTS = [
-    {"identity": identity, "projection": projection, "norm": norm, "gain": gain, "centre": False}
+    {"identity": identity, "projection": projection, "norm": norm, "gain": gain, "centre": False, "latent_taps": 0}
     for identity, projection, norm, gain in itertools.product(
         (True, False), ("linear", "none"), (True, False), (True, False)
     )
@@ -65,7 +65,7 @@ def test_decoder_is_its_formula(variant: dict[str, Any], with_anchor: bool) -> N
     if variant["projection"] == "linear":
         assert receiver.decoder is not None
         x = x + scaled @ receiver.decoder.weight.T
-    for distance in range(1, variant.get("latent_taps", 0) + 1):
+    for distance in range(1, variant["latent_taps"] + 1):
         assert receiver.decoder is not None
         weight, earlier = receiver.decoder.earlier[str(distance)], scaled[:, :-distance]
         if variant["projection"] == "linear":
@@ -103,7 +103,7 @@ def test_a_disabled_bottleneck_lets_the_stream_through_untouched() -> None:
 
 
 def test_the_identity_path_carries_only_the_first_coordinates() -> None:
-    config = BottleneckConfig(projection="none", norm=False, gain=False, centre=False)
+    config = BottleneckConfig(projection="none", norm=False, gain=False, centre=False, latent_taps=0)
     x = normal(1, 2, D)
     back = receiving_side(config, D, H).decode(sending_side(config, D, H).encode(x, None), None)
     assert torch.equal(back[..., :H], x[..., :H])

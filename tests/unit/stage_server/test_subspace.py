@@ -17,6 +17,7 @@ B, T, V, D, WIDTH = 2, 9, 61, 32, 6
 SUBSPACE = {
     "projection": "subspace",
     "anchor": "fixed",
+    "latent_taps": 0,
     **dict.fromkeys(("identity", "centre", "norm", "gain", "bias"), False),
 }
 
