@@ -61,25 +61,30 @@ def _at_the_end(axes: Any, results: Sequence[Result]) -> None:
     bottom, top = _range(results)
     axes.set_ylim(bottom, top)
     on_the_wire = {r.variant.name: r.wire_compression for r in results if (r.wire_compression or 0) >= COMPRESSED}
-    losses = {result.variant.name: result.losses[0] for result in results}
+    first = {result.variant.name: result.losses[0] for result in results}
     for number, result in enumerate(results):
         name, color = result.variant.name, _color(result)
         label = {"fontsize": 7, "color": color, "textcoords": "offset points"}
         compression = on_the_wire.get(name)
         x = 10.5 * 1.25 ** (number % 6) if compression is None else compression
-        if losses[name] > top:
+        if first[name] > top:
             place = {"xytext": (0, -9 - 9 * (number % 3)), "ha": "left" if compression is None else "center"}
-            axes.annotate(f"{name}, {losses[name]:.2f} ↑", (x, top), **label, **place)
+            axes.annotate(f"{name}, {first[name]:.2f} ↑", (x, top), **label, **place)
         elif compression is None:
             for loss in result.losses:
                 axes.axhline(loss, color=color, linewidth=1, linestyle=":")
-            axes.annotate(name, (x, losses[name]), **label, xytext=(0, 2))
+            axes.annotate(name, (x, first[name]), **label, xytext=(0, 2))
         else:
-            ends = [points[-1] for points in result.cells]
-            axes.plot([p.wire_compression for p in ends], [p.val_loss for p in ends], "o", color=color, markersize=5)
-            near = [o for o, c in on_the_wire.items() if c and abs(math.log(c / compression)) < NEAR]
-            is_lowest = losses[name] == min(losses[other] for other in near)
-            axes.annotate(name, (x, losses[name]), **label, xytext=(0, -11 if is_lowest else 6), ha="center")
+            axes.plot([x] * len(result.losses), result.losses, "o", color=color, markersize=5)
+            near = [first[other] for other, c in on_the_wire.items() if c and abs(math.log(c / x)) < NEAR]
+            axes.annotate(name, (x, first[name]), **label, **_place(first[name], near))
+
+
+def _place(loss: float, near: Sequence[float]) -> dict[str, Any]:
+    """Of a point's name among its neighbours': below the lowest, above the highest, beside the others."""
+    if loss == min(near):
+        return {"xytext": (0, -11), "ha": "center"}
+    return {"xytext": (0, 6), "ha": "center"} if loss == max(near) else {"xytext": (6, -2), "ha": "left"}
 
 
 def _range(results: Sequence[Result]) -> tuple[float, float]:
