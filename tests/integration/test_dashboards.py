@@ -124,7 +124,7 @@ def test_every_panel_has_something_to_show(prometheus: str, swarm: TrainingSwarm
             subprocess.run(["promtool", "check", "metrics"], input=reply.read(), check=True, timeout=30)
 
     out = tmp_path / "pictures"
-    draw = [sys.executable, GRAFANA / "draw.py", out, "--url", prometheus, "--minutes", "0.2", "--rate-interval", "20s"]
+    draw = [sys.executable, GRAFANA / "draw.py", out, "--url", prometheus, "--minutes", "1", "--rate-interval", "20s"]
     done = subprocess.run([*draw, "--boards-only"], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {f"{board.name}.png" for board in BOARDS}

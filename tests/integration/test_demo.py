@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 Line = dict[str, Any]
 
@@ -33,7 +33,7 @@ def run(folder: Path, command: str, *options: str) -> list[Line]:
         [sys.executable, "-m", "node.cli", command, *options, "--threads", "1", "--json"],
         capture_output=True,
         env=environment,
-        timeout=110,
+        timeout=240,  # seven starts, of seconds of a core each: a minute and a half have been seen
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
