@@ -119,7 +119,7 @@ def test_run_id_never_changes_for_a_given_file() -> None:
         ("[plan]\nsteps = 1.5", "plan.steps = 1.5 should be a valid integer"),
         (
             '[codec]\nforward = "int5"',
-            "codec.forward = 'int5' should be 'none', 'bf16', 'int8', 'int4', 'int4_token' or 'int2'",
+            "codec.forward = 'int5' should be 'none', 'bf16', 'int8', 'int4', 'int2' or 'int4_token'",
         ),
         ('[bottleneck]\nwidth = "wide"', "bottleneck.width = 'wide' should be 'default' or 'narrow'"),
         ("[optimizer]\nadamw_betas = [0.9, 2]", "optimizer.adamw_betas = 2 should be less than or equal to 1"),
