@@ -32,8 +32,8 @@ test: setup  ## format, lint, types and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses=auto tests/unit
-	$(BIN)/pytest --durations=30 --durations-min=5 --ignore=tests/unit
+	$(BIN)/pytest --numprocesses=auto -m "not processes"
+	$(BIN)/pytest --durations=30 --durations-min=5 -m processes
 
 quick: setup  ## the tests that take less than ten seconds each: about five minutes
 	$(BIN)/pytest -m "not slow"

@@ -22,7 +22,7 @@ from node.lab.namespaces import NamespaceLab, remove_stale
 from node.lab.shapes import UNSHAPED, LinkShape
 from node.lab.shaping import Shaper
 
-pytestmark = [pytest.mark.root, needs_lab]
+pytestmark = [pytest.mark.processes, pytest.mark.root, needs_lab]
 
 TALK = """
 import socket, sys

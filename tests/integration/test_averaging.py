@@ -24,7 +24,7 @@ import pytest
 from coordinator.averaging import AveragingFailed, Reason, ReplicaAveraging, StageSum, Wire
 from coordinator.averaging_launch import COMMAND, FreshInterpreter
 
-pytestmark = pytest.mark.timeout(300)  # a dozen processes load torch and hivemind
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]  # a dozen processes load torch and hivemind
 
 NUM_VALUES = 200_000
 LONG = timedelta(seconds=60)

@@ -13,6 +13,8 @@ import pytest
 from node.lab.namespaces import NamespaceLab
 from node.lab.shapes import LinkShape
 
+pytestmark = pytest.mark.processes
+
 MEMBER = Path(__file__).with_name("averaging_member.py")
 NAMES = ("a", "b", "c")
 

@@ -18,6 +18,8 @@ from node.bench import codec, codec_timing
 from node.bench.codec import OPERATIONS, Plan, measure, summary_of, tables_of
 from node.bench.common import JsonWatcher
 
+pytestmark = pytest.mark.processes
+
 GROWTH_CALLS = 40  # enough to see 30 KB a call stay
 
 

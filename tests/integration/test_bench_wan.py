@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.lab import left_by, needs_lab
 
+pytestmark = pytest.mark.processes
+
 COMMAND = (sys.executable, "-m", "node.cli", "bench", "wan", "--json")
 NOBODY = 65534
 

@@ -17,6 +17,8 @@ from node.config import preset
 from node.data import load_corpus
 from node.unsplit import UnsplitModel
 
+pytestmark = pytest.mark.processes
+
 GRID = """
 name = "two"
 preset = "tiny"

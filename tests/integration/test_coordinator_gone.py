@@ -18,7 +18,7 @@ from node.data import load_corpus
 from node.events import Complete, Live, StageStep, TicketPrinted, Worker
 from node.unsplit import UnsplitModel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 STEPS = 60
 WITHIN = 120.0  # seconds

@@ -28,6 +28,7 @@ GRAFANA = ROOT / "docker" / "grafana"
 BOARDS = [Board.read(path) for path in sorted((GRAFANA / "dashboards").glob("*.json"))]
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.prometheus,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),

@@ -17,7 +17,7 @@ from node.unsplit import weights_digest
 from stage_server.config import DilocoConfig
 from stage_server.diloco_trainer import DilocoTrainer
 
-pytestmark = pytest.mark.timeout(300)  # processes load torch and hivemind
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]  # processes load torch and hivemind
 
 DILOCO = DilocoConfig(inner_steps=3)
 

@@ -14,6 +14,8 @@ from node.config import dump_toml, preset, validated
 from node.demo import Loopback
 from node.processes import become_subreaper
 
+pytestmark = pytest.mark.processes
+
 COMMON_EVERY = 5
 
 

@@ -11,6 +11,8 @@ from support.nodes import NodeProcess, leave_all
 from node.config import RunConfig, dump_toml, preset
 from node.events import Coverage, Live, Relieved, StageStep, TicketPrinted, Worker
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)

@@ -35,6 +35,8 @@ from coordinator.errors import (
 from coordinator.swarm import Swarm
 from coordinator.ticket import Ticket, decode_ticket
 
+pytestmark = pytest.mark.processes
+
 PROGRAM = Path(__file__).with_name("swarm_process.py")
 RUN = {"run_id": "abcd", "config_toml": "abcd", "name": "test run", "num_stages": 4}
 OVERVIEW = {"run_id": "abcd", "num_stages": 4}

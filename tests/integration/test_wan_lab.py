@@ -25,7 +25,7 @@ from node.events import Complete, Live, StageStep, Summary, TicketPrinted
 from node.lab.namespaces import NamespaceLab
 from node.lab.shapes import LinkShape
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, needs_lab]
+pytestmark = [pytest.mark.processes, pytest.mark.root, pytest.mark.slow, needs_lab]
 
 PEERS = ("p0", "p1", "p2", "p3")
 COORDINATOR = "c"

@@ -30,6 +30,7 @@ from node.events import EXIT_DONE, EXIT_REFUSED, Event, WorkerSpec, parse_event
 from stage_server.checkpoint import CheckpointStore
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
 ]
