@@ -149,6 +149,9 @@ class OptimizerConfig(Frozen):
     hidden: Literal["muon", "adamw"] = Field("muon", description="optimizer of 2-D hidden matrices")
     muon_lr: float = Field(6e-3, gt=0, description="peak learning rate of Muon (match_rms_adamw scaling)")
     muon_momentum: Fraction = Field(0.95, description="Nesterov momentum of Muon")
+    boundary_rate: float = Field(
+        1.0, gt=0, description="learning rate of encoders and decoders, as a share of the other hidden matrices'"
+    )
     adamw_lr: float = Field(6e-3, gt=0, description="peak learning rate of AdamW")
     adamw_betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW betas")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; norms and gains have none")

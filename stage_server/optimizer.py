@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from stage_server.config import OptimizerConfig
 from stage_server.errors import CheckpointInvalid, NotFinite
 
+_BOUNDARIES = "boundaries."
 _NOT_HIDDEN = ("model.embed_tokens.", "anchors.", "contexts.", "lm_head.")
 
 
@@ -147,30 +149,36 @@ class StageOptimizer:
 
 
 def _build(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[tuple[str, torch.optim.Optimizer]]:
-    hidden = [p for name, p in parameters.items() if is_hidden_matrix(name, p)] if config.hidden == "muon" else []
-    chosen = set(hidden)
-    matrices = [p for p in parameters.values() if p.ndim >= 2 and p not in chosen]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    optimizers: list[tuple[str, torch.optim.Optimizer]] = []
-    if hidden:
-        muon = torch.optim.Muon(
-            hidden,
-            lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.muon_momentum,
-            nesterov=True,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(("muon", muon))
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
+    rate = config.muon_lr if config.hidden == "muon" else config.adamw_lr
+    hidden_groups = [
+        _group([p for name, p in hidden.items() if not name.startswith(_BOUNDARIES)], rate, config.weight_decay),
+        _group(
+            [p for name, p in hidden.items() if name.startswith(_BOUNDARIES)],
+            rate * config.boundary_rate,
+            config.weight_decay,
+        ),
     ]
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        adamw = torch.optim.AdamW(groups, lr=config.adamw_lr, betas=config.adamw_betas)
-        optimizers.append(("adamw", adamw))
+    tables = [p for name, p in parameters.items() if p.ndim >= 2 and name not in hidden]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    other_groups = [_group(tables, config.adamw_lr, config.weight_decay), _group(vectors, config.adamw_lr, 0.0)]
+    optimizers: list[tuple[str, torch.optim.Optimizer]] = []
+    if config.hidden == "muon":
+        if muon_groups := [group for group in hidden_groups if group["params"]]:
+            muon = torch.optim.Muon(
+                muon_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+            )
+            optimizers.append(("muon", muon))
+        adamw_groups = other_groups
+    else:
+        adamw_groups = hidden_groups + other_groups
+    if adamw_groups := [group for group in adamw_groups if group["params"]]:
+        optimizers.append(("adamw", torch.optim.AdamW(adamw_groups, betas=config.adamw_betas)))
     return optimizers
+
+
+def _group(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": rate, "weight_decay": weight_decay}
 
 
 def _total_norm(gradients: Iterable[Tensor]) -> float:

@@ -117,6 +117,18 @@ def test_a_clipped_step_is_the_step_of_the_scaled_gradient() -> None:
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("hidden", ["muon", "adamw"])
+def test_encoders_and_decoders_have_a_rate_of_their_own(hidden: str) -> None:
+    trained, usual = parameters(), parameters()
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    for owner, share in ((trained, 0.25), (usual, 1.0)):
+        with_gradients(owner, 0.1)
+        optimizer(owner, hidden=hidden, boundary_rate=share).step(1)
+    for name, start in before.items():
+        share = 0.25 if name == "boundaries.0.encoder.weight" else 1.0
+        torch.testing.assert_close(trained[name] - start, share * (usual[name] - start), rtol=1e-3, atol=1e-6)
+
+
 def test_norms_and_gains_do_not_decay() -> None:
     trained = parameters()
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
