@@ -149,36 +149,33 @@ class StageOptimizer:
 
 
 def _build(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[tuple[str, torch.optim.Optimizer]]:
-    hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
+    layers: list[nn.Parameter] = []
+    projections: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        if is_hidden_matrix(name, parameter):
+            (projections if name.startswith(_BOUNDARIES) else layers).append(parameter)
+        else:
+            (tables if parameter.ndim >= 2 else vectors).append(parameter)
     rate = config.muon_lr if config.hidden == "muon" else config.adamw_lr
-    hidden_groups = [
-        _group([p for name, p in hidden.items() if not name.startswith(_BOUNDARIES)], rate, config.weight_decay),
-        _group(
-            [p for name, p in hidden.items() if name.startswith(_BOUNDARIES)],
-            rate * config.boundary_rate,
-            config.weight_decay,
-        ),
-    ]
-    tables = [p for name, p in parameters.items() if p.ndim >= 2 and name not in hidden]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    other_groups = [_group(tables, config.adamw_lr, config.weight_decay), _group(vectors, config.adamw_lr, 0.0)]
+    decay = config.weight_decay
+    hidden = _groups((layers, rate, decay), (projections, rate * config.boundary_rate, decay))
+    others = _groups((tables, config.adamw_lr, decay), (vectors, config.adamw_lr, 0.0))
+    if config.hidden == "adamw":
+        hidden, others = [], hidden + others
     optimizers: list[tuple[str, torch.optim.Optimizer]] = []
-    if config.hidden == "muon":
-        if muon_groups := [group for group in hidden_groups if group["params"]]:
-            muon = torch.optim.Muon(
-                muon_groups, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-            )
-            optimizers.append(("muon", muon))
-        adamw_groups = other_groups
-    else:
-        adamw_groups = hidden_groups + other_groups
-    if adamw_groups := [group for group in adamw_groups if group["params"]]:
-        optimizers.append(("adamw", torch.optim.AdamW(adamw_groups, betas=config.adamw_betas)))
+    if hidden:
+        muon = torch.optim.Muon(hidden, momentum=config.muon_momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(("muon", muon))
+    if others:
+        optimizers.append(("adamw", torch.optim.AdamW(others, betas=config.adamw_betas)))
     return optimizers
 
 
-def _group(parameters: list[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+def _groups(*groups: tuple[list[nn.Parameter], float, float]) -> list[dict[str, Any]]:
+    """Parameters, peak learning rate and weight decay as torch wants them; without those that have no parameters."""
+    return [{"params": params, "lr": rate, "weight_decay": decay} for params, rate, decay in groups if params]
 
 
 def _total_norm(gradients: Iterable[Tensor]) -> float:
